@@ -1,0 +1,27 @@
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -e '.[dev]'
+	touch $@
+
+# The main job: `make demo` on the shipped model, `make demo MODEL=dir DATA=file` on your own.
+demo: setup
+	$(RUN) -m bbb_ao.demo --overwrite $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+test: setup lint
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n 2 $(ARGS)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
