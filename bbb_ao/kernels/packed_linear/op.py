@@ -1,0 +1,65 @@
+"""torch.ops.bbb_ao.packed_linear: schema, default implementation (the reference) and shape function.
+
+A device's own kernel is added with `packed_linear_op.register_kernel(device_type)`.
+"""
+
+import torch
+from torch import Tensor
+
+from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, packed_linear_reference
+
+
+@torch.library.custom_op("bbb_ao::packed_linear", mutates_args=())
+def packed_linear_op(
+    x: Tensor,
+    high: Tensor,
+    mid: Tensor | None,
+    low: Tensor | None,
+    scale: Tensor,
+    scale_exponent: Tensor,
+    zero_point: Tensor | None,
+    index: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    zero_point_bits: int,
+    half_step: bool,
+    group_size: int,
+) -> Tensor:
+    """See `packed_linear`."""
+    check_input(x, index, scale.shape[-1] * group_size)
+    return packed_linear_reference(
+        x,
+        high,
+        mid,
+        low,
+        scale,
+        scale_exponent,
+        zero_point,
+        index,
+        bias,
+        bits,
+        zero_point_bits,
+        half_step,
+        group_size,
+    )
+
+
+@packed_linear_op.register_fake
+def _(
+    x: Tensor,
+    high: Tensor,
+    mid: Tensor | None,
+    low: Tensor | None,
+    scale: Tensor,
+    scale_exponent: Tensor,
+    zero_point: Tensor | None,
+    index: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    zero_point_bits: int,
+    half_step: bool,
+    group_size: int,
+) -> Tensor:
+    check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
+    check_input(x, index, scale.shape[-1] * group_size)
+    return x.new_empty(*x.shape[:-1], high.shape[0])

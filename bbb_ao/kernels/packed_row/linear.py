@@ -1,0 +1,189 @@
+"""One row through a packed weight as plain aten, which Inductor fuses into one loop over the packed words.
+
+With c the codes and e4m3 the stored scales, both sums over the columns k of group g,
+
+    y[n] = 2**(scale_exponent + 2 - r) * sum_g e4m3[n, g] * (sum_k x[k] * c[n, k] + offset[n, g] * sum_k x[k]),
+    offset = h - zeta * 2**(r-2).
+
+What makes it fast on a CPU (design.md, section 3; benchmarks/cpu_linear.py):
+- a code is masked in place, and the power of two that its place adds is divided out of the activation;
+- scale and zero offset multiply sums over a group, in vector lanes, so that no group needs a horizontal sum;
+- E4M3 is decoded by a table of 256: its arithmetic in the loop costs as much as the product;
+- planes are loaded as float32 words (see `plane_words`);
+- the activation's preparation is opaque (`prepare_row`).
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from bbb_ao.kernels.fake_quantize import decode_scale
+from bbb_ao.kernels.packed_row.op import prepare_row
+from bbb_ao.kernels.packing.dense import unpack_codes
+from bbb_ao.kernels.packing.planes import GRANULE, stored_bits
+from bbb_ao.kernels.packing.words import LANES, WordLayout, assemble_words, plane_words
+
+# Tensors of the module, not of the graph: Inductor would put the computation of a table back into the loop.
+_BYTES = torch.arange(256, dtype=torch.uint8)
+E4M3_VALUES = decode_scale(_BYTES, torch.zeros((), dtype=torch.int32))
+# [256, codes in a byte]
+ZERO_POINT_CODES = {bits: unpack_codes(_BYTES[:, None], bits, 8 // bits).to(torch.float32) for bits in (2, 4, 8)}
+
+
+def takes_row_path(
+    x: Tensor,
+    high: Tensor,
+    mid: Tensor | None,
+    low: Tensor | None,
+    bits: int,
+    zero_point_bits: int,
+    half_step: bool,
+    group_size: int,
+) -> bool:
+    """The rule that chooses `packed_linear_row`: under torch.compile or torch.export, one row of 16- or 32-bit floating
+    point on a CPU, 2, 4 or 8 bits without rounded slices, groups of 32, contiguous planes, zero offsets of 0, 2, 4
+    or 8 bits. Anything else goes to the op.
+    """
+    planes = [plane for plane in (high, mid, low) if plane is not None]
+    return (
+        torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and statically_known_true(prod(x.shape[:-1]) == 1)
+        and bits in (2, 4, 8)
+        and (half_step or bits >= stored_bits(mid, low))
+        and group_size == GRANULE
+        and zero_point_bits in (0, 2, 4, 8)
+        and all(plane.is_contiguous() for plane in planes)
+        and high.shape[-1] > 0
+    )
+
+
+def packed_linear_row(
+    x: Tensor,
+    high: Tensor,
+    mid: Tensor | None,
+    low: Tensor | None,
+    scale: Tensor,
+    scale_exponent: Tensor,
+    zero_point: Tensor | None,
+    index: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    zero_point_bits: int,
+    half_step: bool,
+    act_bits: int | None = None,
+    act_half_step: bool = True,
+) -> Tensor:
+    """`packed_linear` (or, with act_bits, `packed_linear_dynamic`) for one row, groups of 32, 2, 4 or 8 bits.
+
+    Accumulates in float32. For who may call it see `takes_row_path`.
+    """
+    # The loops below are unrolled by the layout: int() makes a dynamic size a constant of the graph.
+    features = int(scale.shape[-1]) * GRANULE
+    activation, sums = prepare_row(x, index, features, bits, act_bits, act_half_step)
+    sums = sums.view(-1)
+    layout = WordLayout(bits, features)
+    planes = [plane for plane, first in ((high, 2), (mid, 4), (low, 8)) if plane is not None and bits >= first]
+    blocks, tail = plane_words(planes, layout)
+    groups = layout.blocks * 4
+    scales = _GroupScales(scale, zero_point, zero_point_bits, 2.0 ** (bits - 2), 0.5 if half_step else 0.0)
+    parts = []
+    if blocks:
+        shares = activation[: groups * GRANULE].view(layout.block_shape)
+        parts += _block_sums(assemble_words(blocks), shares, sums[: groups * LANES].view(-1, 4, LANES), scales, layout)
+    if tail:
+        shares = activation[groups * GRANULE :].view(layout.tail_shape)
+        parts.append(_tail_sum(assemble_words(tail), shares, sums[groups * LANES :], scales, layout))
+    # 2**n as the bits of a float32: exact, and no call of pow.
+    y = _add(parts) * ((scale_exponent + (127 + 2 - bits)) << 23).view(torch.float32)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], high.shape[0])
+
+
+class _GroupScales:
+    """E4M3 scales and zero offsets in code steps, h - zeta * 2**(r-2), of chosen groups.
+
+    Args:
+        scale, zero_point, zero_point_bits: as in `packed_linear`.
+        steps: 2**(r-2).
+        half: h.
+    """
+
+    def __init__(
+        self, scale: Tensor, zero_point: Tensor | None, zero_point_bits: int, steps: float, half: float
+    ) -> None:
+        self.scale, self.zero_point, self.zero_point_bits = scale, zero_point, zero_point_bits
+        self.steps, self.half = steps, half
+
+    def of_blocks(self, quarter: int, blocks: int) -> tuple[Tensor, Tensor | float]:
+        """(scale, offset) of one quarter of all full blocks, [out_features, blocks, 1]."""
+        scale = _per_block(self.scale, blocks, 4)[:, :, quarter, None]
+        if self.zero_point is None:
+            return _decode(scale), self.half - 2.0 * self.steps
+        per_byte = 8 // self.zero_point_bits
+        packed = _per_block(self.zero_point, blocks, 4 // per_byte)[:, :, quarter // per_byte, None]
+        return _decode(scale), self._offset(packed, quarter % per_byte)
+
+    def of_group(self, group: int) -> tuple[Tensor, Tensor | float]:
+        """(scale, offset) of one group, [out_features, 1]."""
+        scale = self.scale[:, group, None]
+        if self.zero_point is None:
+            return _decode(scale), self.half - 2.0 * self.steps
+        per_byte = 8 // self.zero_point_bits
+        return _decode(scale), self._offset(self.zero_point[:, group // per_byte, None], group % per_byte)
+
+    def _offset(self, packed: Tensor, slot: int) -> Tensor:
+        codes = ZERO_POINT_CODES[self.zero_point_bits][packed.to(torch.int32), slot]
+        return self.half - codes * (self.steps * 4 / 2**self.zero_point_bits)
+
+
+def _per_block(packed: Tensor, blocks: int, size: int) -> Tensor:
+    """[out_features, >= blocks * size] -> [out_features, blocks, size]."""
+    return packed[:, : blocks * size].reshape(packed.shape[0], blocks, size)
+
+
+def _decode(scale: Tensor) -> Tensor:
+    return E4M3_VALUES[scale.to(torch.int32)]
+
+
+def _block_sums(
+    words: list[Tensor], shares: Tensor, sums: Tensor, scales: _GroupScales, layout: WordLayout
+) -> list[Tensor]:
+    """Terms of the full blocks, [out_features] each.
+
+    One sum for each quarter, at 8 bits for each half of one: Inductor writes the terms of a sum to memory when they
+    take more than 12 loads or 50 operations on a CPU, which makes the product three times as slow.
+    """
+    bytes_at_once = 2 if layout.bits == 8 else 4
+    parts = []
+    for k in range(4):
+        scale, offset = scales.of_blocks(k, layout.blocks)
+        for first in range(0, 4, bytes_at_once):
+            codes = range(first, first + bytes_at_once)
+            terms = [layout.masked_field(words, k, q) * shares[:, k, q] for q in codes]
+            if first == 0:
+                terms.append(sums[:, k] * offset)
+            parts.append((_add(terms) * scale).sum((1, 2)))
+    return parts
+
+
+def _tail_sum(words: list[Tensor], shares: Tensor, sums: Tensor, scales: _GroupScales, layout: WordLayout) -> Tensor:
+    """Terms of the columns after the full blocks, [out_features]."""
+    groups = []
+    for g in range(layout.tail_groups):
+        scale, offset = scales.of_group(layout.blocks * 4 + g)
+        places = [(k, q) for k in layout.tail_quarters(g) for q in range(4)]
+        t = _add([layout.masked_field(words, k, q) * shares[g, k, q] for k, q in places])
+        groups.append((t + sums[g] / layout.tail_lanes * offset) * scale)
+    return _add(groups).sum(1)
+
+
+def _add(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
