@@ -1,0 +1,293 @@
+"""What a model directory must hold before anything of it is loaded, decided from its files alone.
+
+Loaders follow paths in an index, run code named in a config and unpickle weights, so a directory is checked first:
+configuration, tokenizer, and every safetensors file's header against its size.
+"""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bbb_ao.errors import ModelError, RecipeError, ResourceError
+from bbb_ao.safetensors_header import TensorEntry, read_header
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FLOATS = ("F64", "F32", "F16", "BF16")
+QUANT_METHOD = "bitbybit"
+MOST_JSON_BYTES = 64 * 2**20
+MOST_LEVELS = 32
+JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+
+
+def check_model_directory(model: str | Path, allow_bitbybit: bool = False) -> dict[str, Any]:
+    """Refuse a model that is missing, unsafe, damaged or of the wrong kind.
+
+    Args:
+        model: a directory, as from `fetch_model`.
+        allow_bitbybit: also accept a checkpoint that this package wrote (for evaluation and inspection).
+    Returns:
+        its config.json.
+    Raises:
+        ModelError: one line, `<file>: <field>: expected X, got Y; fix: ...`.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        raise ModelError(f"{model}: model: expected a directory, got none; fix: check the path")
+    try:
+        config = _check_config(directory, allow_bitbybit)
+        for name in JSON_FILES:
+            if (directory / name).exists():
+                _refuse_code(read_json(directory, name), directory / name)
+        if not any((directory / name).is_file() for name in TOKENIZERS):
+            raise ModelError(
+                f"{directory}: tokenizer: expected one of {', '.join(TOKENIZERS[:3])}, got none; "
+                "fix: save the model's tokenizer beside it"
+            )
+        _check_weight_files(directory, source="quantization_config" not in config)
+    except OSError as error:
+        name = error.filename or directory
+        raise ModelError(f"{name}: file: expected it readable, got {error.strerror}; fix: check permissions") from None
+    return config
+
+
+def check_output_directory(output: str | Path, model: str | Path | None = None) -> Path:
+    """Refuse a directory that is the model's own, lies inside it, or holds anything already.
+
+    Returns:
+        the path; nothing is created.
+    Raises:
+        RecipeError: as above, or it is no directory.
+        ResourceError: it, or the nearest folder above it, cannot be written.
+    """
+    path = Path(output)
+    if model is not None and Path(model).exists():
+        source, target = Path(model).resolve(), path.resolve()
+        if target == source or source in target.parents:
+            raise RecipeError(
+                f"{output}: output: expected a directory other than the model's, got the same; fix: choose another"
+            )
+    if path.exists() or path.is_symlink():
+        if not path.is_dir():
+            raise RecipeError(f"{output}: output: expected a directory, got a file; fix: choose another path")
+        if any(path.iterdir()):
+            raise RecipeError(
+                f"{output}: output: expected an empty or missing directory, got files; fix: choose another"
+            )
+    nearest = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise RecipeError(
+            f"{output}: output: expected a path below a directory, got the file {nearest}; fix: choose another"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ResourceError(f"{output}: output: expected {nearest} writable, got no permission; fix: choose another")
+    return path
+
+
+def check_weights(model: "nn.Module") -> None:
+    """Refuse NaN and infinities, which load without a word.
+
+    Args:
+        model: its parameters and buffers of a floating type are read; those on the meta device are passed over.
+    Raises:
+        ModelError: names the tensor, the first bad index and the count.
+    """
+    import torch
+
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        # The sum is finite exactly where all values are: one pass without a mask for the common case.
+        if bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64))):
+            continue
+        bad = ~torch.isfinite(tensor.detach())
+        if count := int(bad.sum()):
+            first = bad.nonzero()[0].tolist()
+            value = float(tensor.detach()[tuple(first)])
+            raise ModelError(
+                f"{name}: values: expected finite ones, got {value} at {first} and {count} in all; "
+                "fix: use an undamaged checkpoint"
+            )
+
+
+def read_json(directory: Path, name: str) -> Any:
+    """A JSON file of the directory, bounded in size and nesting.
+
+    Raises:
+        ModelError: not there, no regular file inside the directory, not JSON, or nested too deeply.
+    """
+    path = _inside(directory, name)
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ModelError(
+            f"{path}: size: expected at most 64 MiB, got {path.stat().st_size} bytes; fix: restore the file"
+        )
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path}: content: expected JSON, got a Git LFS pointer; fix: run git lfs pull")
+    try:
+        data = json.loads(content)
+        levels = _levels(data)
+    except RecursionError:
+        levels = 10**4
+        data = None
+    except ValueError as error:
+        reason = str(error).split(": line")[0]
+        raise ModelError(f"{path}: content: expected JSON, got {reason}; fix: download the file again") from None
+    if levels > MOST_LEVELS:
+        raise ModelError(f"{path}: nesting: expected at most {MOST_LEVELS} levels, got more; fix: restore the file")
+    return data
+
+
+def _levels(data: Any) -> int:
+    levels, row = 0, [data]
+    while row and levels <= MOST_LEVELS:
+        levels += 1
+        row = [
+            child
+            for item in row
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, dict | list)
+        ]
+    return levels
+
+
+def fetch_model(model: str | Path) -> Path:
+    """The directory of a model: as given, or downloaded from the hub (without pickles and code) into its cache.
+
+    Raises:
+        ModelError: nothing there, or a hub id that cannot be downloaded.
+    """
+    path = Path(model)
+    # An empty name would be the current directory.
+    if str(model) and path.is_dir():
+        return path
+    if str(model) and path.exists():
+        raise ModelError(
+            f"{model}: model: expected a directory, got a file; fix: give the folder that holds config.json"
+        )
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
+        raise ModelError(f"{model}: model: expected a directory or a hub id, got nothing there; fix: check the path")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ModelError(
+            f"{model}: model: expected a local directory while offline, got none; fix: unset HF_HUB_OFFLINE"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    except Exception as error:  # the hub's client, its network library and the disk each raise their own
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(
+            f"{model}: model: expected a directory or a hub id, got: {reason}; fix: check the name"
+        ) from error
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The path of a file that must lie in the directory, symbolic links resolved.
+
+    Folders of the hub's cache, models--*/snapshots/<revision>, link to models--*/blobs; that is inside, too.
+    """
+    root = directory.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    path = directory / name
+    if not path.resolve().is_relative_to(root):
+        raise ModelError(f"{path}: path: expected a file inside {directory}, got a link out of it; fix: copy the file")
+    if not path.exists():
+        raise ModelError(f"{path}: file: expected it, got nothing there; fix: download the model again")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ModelError(f"{path}: file: expected a regular file, got another kind; fix: download the model again")
+    return path
+
+
+def _check_config(directory: Path, allow_bitbybit: bool) -> dict[str, Any]:
+    path = directory / CONFIG
+    config = read_json(directory, CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path}: model_type: expected a Hugging Face architecture, got none; fix: restore the file")
+    _refuse_code(config, path)
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        if not (allow_bitbybit and method == QUANT_METHOD):
+            raise ModelError(
+                f"{path}: quantization_config: expected a full-precision model, got quant_method {method!r}; "
+                "fix: give the original model"
+            )
+    return config
+
+
+def _refuse_code(data: Any, path: Path) -> None:
+    """Refuse `auto_map` at any level: it names Python code to run."""
+    row = [data]
+    while row:
+        item = row.pop()
+        if isinstance(item, dict):
+            if item.get("auto_map"):
+                raise ModelError(
+                    f"{path}: auto_map: expected no remote code, got some; "
+                    "fix: remove auto_map if transformers knows the architecture itself"
+                )
+            row.extend(item.values())
+        elif isinstance(item, list):
+            row.extend(item)
+
+
+def _check_weight_files(directory: Path, source: bool) -> None:
+    """All weights in whole safetensors files inside the directory, and of a floating type where they are a source's."""
+    if (directory / WEIGHTS).is_symlink() or (directory / WEIGHTS).exists():
+        entries = read_header(_inside(directory, WEIGHTS))
+    elif (directory / INDEX).is_symlink() or (directory / INDEX).exists():
+        entries = _read_shards(directory)
+    else:
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+        got = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
+        fix = "convert them with safetensors" if pickles else "download the model again"
+        raise ModelError(f"{directory}: weights: expected {WEIGHTS}, got {got}; fix: {fix}")
+    if not entries:
+        raise ModelError(f"{directory}: weights: expected tensors, got none; fix: download the model again")
+    for name, entry in entries.items():
+        if source and 0 in entry.shape:
+            raise ModelError(
+                f"{directory}: {name}: expected a tensor with values, got shape {list(entry.shape)}; "
+                "fix: restore the file"
+            )
+        if source and name.endswith("weight") and entry.dtype not in FLOATS:
+            raise ModelError(
+                f"{directory}: {name}: expected {', '.join(FLOATS[1:])}, got {entry.dtype}; "
+                "fix: give the model before quantization"
+            )
+
+
+def _read_shards(directory: Path) -> dict[str, TensorEntry]:
+    path = directory / INDEX
+    index = read_json(directory, INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path}: weight_map: expected tensor names and files, got none; fix: restore the file")
+    entries: dict[str, TensorEntry] = {}
+    for shard in dict.fromkeys(map(str, weight_map.values())):
+        # transformers joins these to the directory as they are and reads whatever is there.
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise ModelError(f"{path}: weight_map: expected plain file names, got {shard!r:.80}; fix: restore the file")
+        entries.update(read_header(_inside(directory, shard)))
+    for kind, names in (
+        ("missing", weight_map.keys() - entries.keys()),
+        ("surplus", entries.keys() - weight_map.keys()),
+    ):
+        if names:
+            raise ModelError(
+                f"{path}: weight_map: expected the shards' tensors, got {len(names)} {kind}, "
+                f"first {min(names)!r:.100}; fix: download the model again"
+            )
+    return entries

@@ -1,0 +1,141 @@
+"""Outlier channel splitting: an input channel is duplicated, and its weight column shared between two copies.
+
+y = sum_m x_m w_m is unchanged when channel m appears twice with columns w_m/2 - d and w_m/2 + d. On the integer grid
+d = s/4 makes the two copies' codes add up to the code of w_m (Hermite: floor(y) + floor(y + 1/2) = floor(2y)); on the
+half-step grid plain halves (d = 0) do. Duplicates follow all original channels, and zero columns with zero activations
+fill the last group. Source: design.md, sections 1.7, 2.3 and 2.4.
+
+An index describes the stored columns: int32 [stored_features]; column k reads input channel index[k], and a value of
+`in_features` means padding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def channel_metric(weights: Sequence[Tensor], activation_norm: Tensor | None = None) -> Tensor:
+    """How much an input channel stands out: ||X_m||_2 * max_j |W_jm|, over all Linears that share the input.
+
+    Args:
+        weights: each [out_features, in_features], the same in_features.
+        activation_norm: ||X_m||_2 over the calibration tokens, [in_features]; None ranks by the weights alone.
+    Returns:
+        [in_features], float32.
+    """
+    if not weights:
+        raise ValueError("weights: expected at least one matrix, got none")
+    largest = torch.stack([weight.detach().abs().amax(0).float() for weight in weights]).amax(0)
+    if activation_norm is None:
+        return largest
+    if activation_norm.shape != largest.shape:
+        raise ValueError(f"activation_norm: expected shape {tuple(largest.shape)}, got {tuple(activation_norm.shape)}")
+    return largest * activation_norm.to(largest)
+
+
+def split_ratio(block: int, blocks: int, ratio_min: float, ratio_max: float) -> float:
+    """Share of channels to split in a block: linear in depth from ratio_min (first) to ratio_max (last)."""
+    if not 0 <= block < blocks:
+        raise ValueError(f"block: expected 0 to {blocks - 1}, got {block}")
+    return ratio_min if blocks == 1 else ratio_min + (ratio_max - ratio_min) * block / (blocks - 1)
+
+
+def choose_index(metric: Tensor, ratio: float, group_size: int = 32) -> Tensor | None:
+    """The stored columns for a split of about `ratio` of the channels, the highest metric first.
+
+    The number of stored columns is the multiple of group_size nearest to (1 + ratio) * in_features, and duplicates fill
+    it: padding would cost the same bits. Ties are broken by channel number.
+
+    Args:
+        metric: [in_features], finite.
+        ratio: 0 to 1.
+    Returns:
+        index, int32 [stored_features], or None where the columns stay as they are (ratio rounds to none, no padding).
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio: expected 0 to 1, got {ratio}")
+    if metric.dim() != 1 or not bool(torch.isfinite(metric).all()):
+        raise ValueError("metric: expected one finite value for each input channel")
+    channels = metric.numel()
+    padded = -(-channels // group_size) * group_size
+    stored = max(padded, int((1 + ratio) * channels / group_size + 0.5) * group_size)
+    if stored == channels:
+        return None
+    original = torch.arange(channels, dtype=torch.int32, device=metric.device)
+    ranked = metric.sort(descending=True, stable=True).indices.to(torch.int32)
+    tail = ranked[: stored - channels if ratio > 0 else 0]
+    return F.pad(torch.cat([original, tail]), (0, stored - channels - tail.numel()), value=channels)
+
+
+def check_index(index: Tensor, in_features: int, group_size: int, where: str = "index") -> None:
+    """Refuse an index that does not hold every channel once, then duplicates at most once each, then padding.
+
+    Raises:
+        ValueError: with `where` in the message.
+    """
+    fix = "rebuild it with choose_index"
+    if index.dtype != torch.int32 or index.dim() != 1 or index.numel() % group_size or index.numel() < in_features:
+        raise ValueError(
+            f"{where}: expected int32 of a length divisible by {group_size} and at least {in_features}, "
+            f"got {index.dtype} {tuple(index.shape)}; {fix}"
+        )
+    values = index.detach().cpu().long()
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) > in_features):
+        raise ValueError(
+            f"{where}: expected values from 0 to {in_features}, got {int(values.min())} to {int(values.max())}; {fix}"
+        )
+    if not torch.equal(values[:in_features], torch.arange(in_features)):
+        raise ValueError(f"{where}: expected the original channels 0 to {in_features - 1} first; {fix}")
+    tail = values[in_features:]
+    duplicates = tail[tail < in_features]
+    if duplicates.unique().numel() != duplicates.numel():
+        raise ValueError(f"{where}: a channel is duplicated more than once; {fix}")
+    if bool((tail[: duplicates.numel()] == in_features).any()):
+        raise ValueError(f"{where}: expected padding only after the last duplicate; {fix}")
+
+
+def split_mask(index: Tensor, in_features: int) -> Tensor:
+    """True for stored columns that are one of two copies: bool [stored_features]."""
+    counts = torch.bincount(index.long(), minlength=in_features + 1)
+    counts[in_features] = 0
+    return counts[index.long()] == 2
+
+
+def split_channels(weight: Tensor, index: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Share each split column between its copies: w/2 - d in the original's place and w/2 + d in the duplicate's.
+
+    Args:
+        weight: [out_features, in_features], floating point.
+        index: int32 [stored_features].
+        offset: d for each output row and input channel, [out_features, in_features], or None for plain halves.
+    Returns:
+        [out_features, stored_features], weight's dtype; padding columns are zero.
+    """
+    in_features = weight.shape[1]
+    mask = split_mask(index, in_features)
+    columns = F.pad(weight, (0, 1)).index_select(1, index.long())
+    columns = torch.where(mask, columns / 2, columns)
+    if offset is None:
+        return columns
+    shift = F.pad(offset, (0, 1)).index_select(1, index.long()) * mask
+    first = torch.arange(index.numel(), device=index.device) < in_features
+    return torch.where(first, columns - shift, columns + shift)
+
+
+def merge_channels(weight: Tensor, index: Tensor, in_features: int) -> Tensor:
+    """The inverse of `split_channels`: the copies summed, the padding dropped.
+
+    Args:
+        weight: [out_features, stored_features].
+    Returns:
+        [out_features, in_features], the same dtype.
+    """
+    merged = weight.new_zeros(weight.shape[0], in_features + 1)
+    return merged.index_add(1, index.long(), weight)[:, :in_features]
+
+
+def expand_channels(x: Tensor, index: Tensor) -> Tensor:
+    """Activations of the stored columns: [..., in_features] -> [..., stored_features]; padding reads zero."""
+    return F.pad(x, (0, 1)).index_select(-1, index)
