@@ -1,0 +1,1 @@
+"""Recipes: stages of training, calibration data, block-wise and end-to-end training, evaluation."""

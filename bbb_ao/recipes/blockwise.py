@@ -1,0 +1,172 @@
+"""Block-wise stages: one decoder block at a time against its full-precision twin.
+
+loss = mean((B_q(x_q) - B(x))**2) / mean((B(x) - x)**2), with B_q the quantized block fed with the quantized prefix's
+output x_q, and B the full-precision block fed with the full-precision prefix's output x. The denominator (the block's
+own change of its input, over all calibration tokens) makes learning rates and clipping independent of the model's
+scale. Source: design.md, section 1.4 (Xu et al., equation of the block loss).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bbb_ao.passes import find_blocks
+from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.recipes.optimization import Fit, autocast, fit, stream_dtype
+from bbb_ao.recipes.stages import Recipe, Stage
+from bbb_ao.recipes.streams import BlockCall, Stream, advance, embed, record_calls, working_copy
+
+# Bytes of full-precision streams that are kept between stages, beside those at work.
+STREAM_BUDGET = 2 * 2**30
+
+
+@dataclass
+class BlockRun:
+    """The full-precision model's blocks, with what is needed to run them one at a time on a device.
+
+    Attributes:
+        teacher: the full-precision model, on the CPU; only the block at work is copied to the device.
+        sequences: [sequences, tokens], int64.
+        names, teacher_blocks, calls: of the decoder blocks, in order.
+        entry: the stream that enters the first block.
+        kept: the full-precision stream behind each block, kept for the next stage where all of them fit into
+            STREAM_BUDGET; it is the same in every stage.
+    """
+
+    teacher: nn.Module
+    sequences: Tensor
+    recipe: Recipe
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        blocks = find_blocks(self.teacher)
+        self.names = [name for name, _ in blocks]
+        self.teacher_blocks = [block for _, block in blocks]
+        calls = record_calls(self.teacher, self.teacher_blocks, self.sequences[:1])
+        self.calls = [call.to(self.device) for call in calls]
+        self.entry = embed(
+            self.teacher, self.teacher_blocks[0], self.sequences, stream_dtype(self.device), self.recipe.cache
+        )
+        self.kept: dict[int, Stream] = {}
+
+    def behind(self, number: int, entering: Stream, block: nn.Module) -> Stream:
+        """The full-precision stream behind block `number`; `block` is its working copy, `entering` what enters it."""
+        if number in self.kept:
+            return self.kept[number]
+        run = partial(self.run, self.calls[number], block)
+        leaving = advance(entering, run, self.device, self.micro_batch, self.names[number])
+        if entering.bytes * len(self.names) <= STREAM_BUDGET:
+            self.kept[number] = leaving
+        return leaving
+
+    @property
+    def micro_batch(self) -> int:
+        return self.recipe.micro_batch or min(4, len(self.sequences))
+
+    def run(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output, float32."""
+        with autocast(self.device):
+            return call(block, hidden).float()
+
+
+def stream_widths(stage: Stage, higher: Stage | None, recipe: Recipe) -> list[tuple[int | None, int | None]]:
+    """(weight bits, activation bits) of the prefix that feeds each width of `stage`.
+
+    input_stream "quantized": the width itself; "next_higher": the width before it in the schedule (None: full
+    precision).
+    """
+    own: list[tuple[int | None, int | None]] = [(width, stage.act_bits) for width in stage.widths]
+    if recipe.input_stream == "quantized":
+        return own
+    first = (None, None) if higher is None else (higher.widths[-1], higher.act_bits)
+    return [first, *own[:-1]]
+
+
+def train_block_stage(
+    run: BlockRun,
+    student_model: nn.Module,
+    stage: Stage,
+    higher: Stage | None,
+    seed: int,
+    on_block: Callable[[int, str, Fit], None] | None = None,
+    on_step: Callable[[int, int, Callable[[], float]], None] | None = None,
+) -> list[Fit]:
+    """Train all blocks of the student for one stage, in order.
+
+    Args:
+        student_model: the prepared model, on the CPU; its blocks visit the device one at a time.
+        higher: the stage before this one in the schedule, or None.
+        seed: of the order of the sequences.
+        on_block: called with (block number, name, result) after each block; on_step as in `fit`.
+    Returns:
+        one Fit for each block.
+    """
+    inputs = stream_widths(stage, higher, run.recipe)
+    teacher_stream = run.entry
+    streams = dict.fromkeys(inputs, run.entry)
+    fits = []
+    for number, (name, call) in enumerate(zip(run.names, run.calls, strict=True)):
+        teacher = working_copy(run.teacher_blocks[number], run.device)
+        student = student_model.get_submodule(name).to(run.device)
+        run_teacher = partial(run.run, call, teacher)
+        following = run.behind(number, teacher_stream, teacher)
+        loss_of = _block_loss(run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs)
+        fits.append(fit(student.eval(), stage, run.recipe, len(run.sequences), loss_of, seed + number, name, on_step))
+        if number + 1 < len(run.names):
+            for width in streams:
+                set_training_bits(student, *width)
+                streams[width] = advance(
+                    streams[width], partial(run.run, call, student), run.device, run.micro_batch, name
+                )
+        set_training_bits(student, stage.widths[-1], stage.act_bits)
+        student.requires_grad_(False).to("cpu")
+        teacher_stream = following
+        if on_block is not None:
+            on_block(number, name, fits[-1])
+    return fits
+
+
+def _block_loss(
+    run: BlockRun,
+    call: BlockCall,
+    stage: Stage,
+    student: nn.Module,
+    teacher: Callable[[Tensor], Tensor],
+    entering: Stream,
+    leaving: Stream,
+    streams: dict[tuple[int | None, int | None], Stream],
+    inputs: list[tuple[int | None, int | None]],
+) -> Callable[[Tensor], Tensor]:
+    """The loss of a micro-batch of sequence numbers, summed over the stage's widths with their weights."""
+    own_inputs = run.recipe.target_stream == "student"
+    change = _mean_change(entering, leaving, run.micro_batch)
+    factors = stage.loss_weights or (1.0,) * len(stage.widths)
+    snapshot = {width: streams[width] for width in inputs}
+
+    def loss_of(rows: Tensor) -> Tensor:
+        shared = None if own_inputs else leaving.read(rows, run.device)
+        total = torch.zeros((), device=run.device)
+        for width, source, factor in zip(stage.widths, inputs, factors, strict=True):
+            if factor == 0:
+                continue
+            hidden = snapshot[source].read(rows, run.device)
+            with torch.no_grad():
+                target = teacher(hidden) if shared is None else shared
+            set_training_bits(student, width, stage.act_bits)
+            total = total + factor * (run.run(call, student, hidden) - target).square().mean() / change
+        return total
+
+    return loss_of
+
+
+def _mean_change(entering: Stream, leaving: Stream, size: int) -> float:
+    """mean((B(x) - x)**2) over all tokens, at least the smallest normal float32 (a block that changes nothing)."""
+    total, count = 0.0, 0
+    for rows in entering.chunks(size):
+        change = leaving.states[rows].float() - entering.states[rows].float()
+        total += change.square().double().sum().item()
+        count += change.numel()
+    return max(total / count, torch.finfo(torch.float32).tiny)

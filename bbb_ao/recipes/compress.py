@@ -1,0 +1,241 @@
+"""The main job: a Hugging Face model and a recipe in, a packed checkpoint out."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bbb_ao.checkpoint import save_packed
+from bbb_ao.convert import convert_model
+from bbb_ao.errors import DataError, RecipeError
+from bbb_ao.footprint import footprint
+from bbb_ao.modeldir import check_model_directory, check_output_directory, check_weights
+from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
+from bbb_ao.recipes.distill import train_model_stage
+from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
+from bbb_ao.recipes.optimization import Fit
+from bbb_ao.recipes.prepare import Prepared, prepare_student
+from bbb_ao.recipes.stages import Recipe
+
+
+class Reporter(Protocol):
+    """What training tells the world; see `progress.Progress`, which draws bars and writes the JSON-lines log."""
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Something happened: one line of the log."""
+        ...
+
+    def stage(self, number: int, name: str, blocks: int) -> None:
+        """A stage begins; `blocks` is 1 for an end-to-end stage."""
+        ...
+
+    def step(self, step: int, steps: int, loss: Callable[[], float]) -> None:
+        """An optimizer step is done."""
+        ...
+
+    def block(self, number: int, name: str, fit: Fit) -> None:
+        """A block is done."""
+        ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def event(self, kind: str, **values: Any) -> None: ...
+    def stage(self, number: int, name: str, blocks: int) -> None: ...
+    def step(self, step: int, steps: int, loss: Callable[[], float]) -> None: ...
+    def block(self, number: int, name: str, fit: Fit) -> None: ...
+
+
+@dataclass
+class Result:
+    """What training gave.
+
+    Attributes:
+        model: the trained model: QATLinears from `train`, PackedLinears from `compress`.
+        prepared: plans and layer names.
+        fits: for each stage, one entry for each block (one for an end-to-end stage).
+        seconds: wall time of preparation and training.
+        bits_per_weight: everything stored, at the widest width; None before packing.
+    """
+
+    model: Any
+    prepared: Prepared
+    fits: list[list[Fit]] = field(default_factory=list)
+    seconds: float = 0.0
+    bits_per_weight: float | None = None
+
+
+def train(
+    model: nn.Module,
+    sequences: Tensor,
+    recipe: Recipe,
+    device: torch.device | None = None,
+    report: Reporter | None = None,
+) -> Result:
+    """Run a recipe's stages on a model.
+
+    Args:
+        model: the full-precision Hugging Face model; it serves as the teacher, in evaluation mode, and is not changed.
+        sequences: calibration ids, int64 [sequences, tokens].
+        device: where blocks are trained; None takes `choose_device()`.
+    Returns:
+        the trained student on the CPU, float32 masters, at the last stage's widths.
+    Raises:
+        RecipeError, ModelError, NumericsError: see `prepare_student` and `fit`.
+        DataError: `sequences` is no matrix of ids of the model's vocabulary.
+    """
+    _check_sequences(sequences, model)
+    with _evaluating(model):
+        return _train(model, sequences, recipe, device or choose_device(), report or Silent())
+
+
+def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Result:
+    start = time.perf_counter()
+    torch.manual_seed(recipe.seed)
+    run = BlockRun(model, sequences, recipe, device)
+    student = copy.deepcopy(model).float().cpu()
+    prepared = prepare_student(student, recipe, run)
+    for plan in prepared.plans:
+        report.event("plan", blocks=len(plan.blocks), plan=str(plan))
+    result = Result(student, prepared)
+    higher = None
+    for number, stage in enumerate(recipe.stages):
+        seed = recipe.seed + 10_000 * (number + 1)
+        if stage.scope == "block":
+            report.stage(number, stage.name, len(run.names))
+            result.fits.append(train_block_stage(run, student, stage, higher, seed, report.block, report.step))
+        else:
+            report.stage(number, stage.name, 1)
+            fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step)
+            report.block(0, stage.name, fit)
+            result.fits.append([fit])
+        higher = stage
+    set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards the mode in which each module was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def pack(student: Any, model: nn.Module, recipe: Recipe) -> Any:
+    """Convert a trained student in place, every other tensor back in the type that it has in `model`.
+
+    Not `student.to(dtype)`: that would also round what the architecture keeps in float32 (frequencies of rotary
+    embeddings), and the packed model would change when it is reloaded.
+
+    Raises:
+        NumericsError: see `convert_model`.
+    """
+    convert_model(student, max(recipe.stages[-1].widths), next(model.parameters()).dtype)
+    types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+        if name in types:
+            tensor.data = tensor.data.to(types[name])
+    return student
+
+
+def compress(
+    model_or_path: Any,
+    recipe: Recipe | str | Path,
+    data: str | Path | Sequence[str | Path] | Tensor,
+    output_dir: str | Path,
+    *,
+    tokenizer: Any = None,
+    device: torch.device | None = None,
+    report: Reporter | None = None,
+) -> Result:
+    """Quantize a model by a recipe and save the packed result.
+
+    Args:
+        model_or_path: a Hugging Face causal language model, or a local directory (checked before it is opened).
+        recipe: a Recipe, the name of a shipped one, or a YAML file.
+        data: files or folders (see `data.load_documents`), or calibration ids, int64 [sequences, tokens].
+        output_dir: written at the end, whole or not at all; must be empty or absent, and not the model's directory.
+        tokenizer: needed with a model object and data that is text; saved beside the weights.
+    Returns:
+        the packed model with its figures.
+    Raises:
+        RecipeError, ModelError, DataError, ResourceError, NumericsError: one line each, before anything is written.
+    """
+    if not isinstance(recipe, Recipe):
+        from bbb_ao.recipes.loader import load_recipe
+
+        recipe = load_recipe(recipe)
+    from bbb_ao.recipes.loader import dump_recipe
+
+    # Before training, so that what cannot be written is refused now.
+    resolved = dump_recipe(recipe)
+    check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    model, tokenizer = _load(model_or_path, tokenizer)
+    result = train(model, _sequences(data, tokenizer, recipe, model), recipe, device, report)
+    result.model = pack(result.model, model, recipe)
+    result.bits_per_weight = footprint(result.model).bits_per_weight
+    save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
+    return result
+
+
+def _load(model_or_path: Any, tokenizer: Any) -> tuple[Any, Any]:
+    if not isinstance(model_or_path, str | Path):
+        check_weights(model_or_path)
+        return model_or_path, tokenizer
+    check_model_directory(model_or_path)
+    return load_model(model_or_path), tokenizer or load_tokenizer(model_or_path)
+
+
+def _sequences(data: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> Tensor:
+    if isinstance(data, Tensor):
+        return data
+    if tokenizer is None:
+        raise DataError("tokenizer: expected one for data that is text, got None; fix: pass tokenizer=")
+    length, longest = recipe.sequence_length, _longest(model)
+    if longest is not None and length > longest:
+        raise RecipeError(
+            f"sequence_length: expected at most the model's {longest} positions, got {length}; fix: lower it"
+        )
+    from bbb_ao.recipes.data import calibration_sequences
+
+    return calibration_sequences(tokenizer, data, recipe.sequences, length, recipe.seed, _vocabulary(model))
+
+
+def _check_sequences(sequences: Tensor, model: nn.Module) -> None:
+    shape, vocabulary, longest = tuple(sequences.shape), _vocabulary(model), _longest(model)
+    if sequences.dtype != torch.int64 or len(shape) != 2 or 0 in shape:
+        raise DataError(
+            f"sequences: expected int64 [sequences, tokens], got {sequences.dtype} {shape}; fix: stack token ids"
+        )
+    low, high = int(sequences.min()), int(sequences.max())
+    if low < 0 or high >= vocabulary:
+        raise DataError(
+            f"sequences: expected ids from 0 to {vocabulary - 1}, the model's vocabulary, got {low} to {high}; "
+            "fix: use the model's own tokenizer"
+        )
+    if longest is not None and shape[1] > longest:
+        raise DataError(
+            f"sequences: expected at most the model's {longest} positions, got {shape[1]} tokens; fix: cut them shorter"
+        )
+
+
+def _vocabulary(model: Any) -> int:
+    return model.get_input_embeddings().num_embeddings
+
+
+def _longest(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

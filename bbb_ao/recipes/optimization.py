@@ -1,0 +1,183 @@
+"""What block-wise and end-to-end stages share: parameters, optimizer, schedule, autocast and the training loop."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bbb_ao.errors import NumericsError
+from bbb_ao.qat_linear import QATLinear, qat_linears
+from bbb_ao.recipes.stages import Recipe, Stage
+from bbb_ao.splitting import split_mask
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """bfloat16 autocast on CUDA, and on CPUs that multiply bfloat16 natively; float32 elsewhere."""
+    if device.type == "cuda" or (device.type == "cpu" and _cpu_multiplies_bfloat16()):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def stream_dtype(device: torch.device) -> torch.dtype:
+    """Type of cached hidden states: that of the matrix products."""
+    with autocast(device):
+        return torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate: linear warm-up over warmup * steps, then half a cosine down to 0."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+
+def batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` batches of sequence numbers: epoch after epoch in a fresh seeded order, none left out.
+
+    Yields:
+        int64 [batch_size] (at most `count`).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, count)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if order.numel() < size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:size]
+        order = order[size:]
+
+
+def stage_steps(stage: Stage, sequences: int) -> int:
+    """Optimizer steps of a stage (for each block, in a block stage)."""
+    return max(1, round(stage.epochs * sequences / min(stage.batch_size, sequences)))
+
+
+def trainable_groups(module: nn.Module, stage: Stage, train_norms: bool) -> list[dict]:
+    """Parameter groups for AdamW, `requires_grad` set accordingly: QATLinears, their scales, and norms.
+
+    Norms are the one-dimensional parameters outside Linears. Everything else is frozen.
+    """
+    weights: list[Tensor] = []
+    scales: list[Tensor] = []
+    owned: set[int] = set()
+    for linear in qat_linears(module).values():
+        weights += [parameter for parameter in (linear.weight, linear.bias) if parameter is not None]
+        scales += [parameter for parameter in (linear.scale, linear.zero_point) if parameter is not None]
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            owned |= {id(parameter) for parameter in linear.parameters(recurse=False)}
+    norms = [p for p in module.parameters() if id(p) not in owned and p.dim() == 1] if train_norms else []
+    chosen = {id(parameter) for parameter in (*weights, *scales, *norms)}
+    for parameter in module.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    lr_scale = stage.lr if stage.lr_scale is None else stage.lr_scale
+    groups = [{"params": weights + norms, "peak": stage.lr}, {"params": scales, "peak": lr_scale}]
+    return [group for group in groups if group["params"]]
+
+
+class CopiesRate:
+    """Slows the two copies of split channels down: both get the same gradient, so their sum moves twice as fast.
+
+    After every step, w = w_before + factor * (w_after - w_before) in the split columns.
+    """
+
+    def __init__(self, module: nn.Module, factor: float) -> None:
+        self.factor = factor
+        self.columns: list[tuple[QATLinear, Tensor]] = []
+        if factor != 1:
+            for linear in qat_linears(module).values():
+                if linear.ocs_index is not None:
+                    mask = split_mask(linear.ocs_index, linear.in_features)
+                    self.columns.append((linear, mask.nonzero().flatten()))
+
+    def before(self) -> list[Tensor]:
+        return [linear.weight.detach()[:, columns] for linear, columns in self.columns]
+
+    def after(self, before: list[Tensor]) -> None:
+        with torch.no_grad():
+            for (linear, columns), old in zip(self.columns, before, strict=True):
+                linear.weight[:, columns] = torch.lerp(old, linear.weight[:, columns], self.factor)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Result of one training loop: the loss of the first and of the last tenth of the steps (means), and the steps."""
+
+    first_loss: float
+    last_loss: float
+    steps: int
+
+
+def fit(
+    module: nn.Module,
+    stage: Stage,
+    recipe: Recipe,
+    count: int,
+    loss_of: Callable[[Tensor], Tensor],
+    seed: int,
+    where: str,
+    on_step: Callable[[int, int, Callable[[], float]], None] | None = None,
+) -> Fit:
+    """Train `module` for one stage with AdamW (no weight decay), gradient clipping and the stage's schedule.
+
+    Args:
+        count: calibration sequences.
+        loss_of: mean loss of a micro-batch of sequence numbers; its gradient is accumulated over a batch.
+        seed: of the order of the sequences.
+        where: names the module in errors.
+        on_step: called with (step, steps, loss) after every step; `loss()` reads the last loss back from the device.
+    Raises:
+        NumericsError: a loss, or at the end a parameter, that is NaN or infinite; the message names `where` and the
+            step (from 1).
+    """
+    groups = trainable_groups(module, stage, recipe.train_norms)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    copies = CopiesRate(module, recipe.copies_lr_factor)
+    steps = stage_steps(stage, count)
+    history: list[Tensor] = []
+    for step, rows in enumerate(batches(count, stage.batch_size, steps, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(step, steps, recipe.warmup)
+        optimizer.zero_grad(set_to_none=True)
+        parts = rows.split(recipe.micro_batch or len(rows))
+        losses = []
+        for part in parts:
+            loss = loss_of(part) * (len(part) / len(rows))
+            loss.backward()
+            losses.append(loss.detach())
+        if recipe.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip)
+        before = copies.before()
+        optimizer.step()
+        copies.after(before)
+        history.append(torch.stack(losses).sum())
+        # Reading the loss waits for the device, so divergence is looked for now and then.
+        if step % 50 == 49 or step == steps - 1:
+            _check_finite(history[-50:], step, where)
+        if on_step is not None:
+            on_step(step + 1, steps, history[-1].item)
+    # Gradients of finished blocks would fill the memory.
+    optimizer.zero_grad(set_to_none=True)
+    # A gradient that overflows in the last step shows in no loss.
+    _check_finite([torch.stack([p.detach().float().norm() for p in parameters]).sum()], steps - 1, where, "a weight")
+    values = torch.stack(history).float().cpu()
+    tenth = max(1, steps // 10)
+    return Fit(values[:tenth].mean().item(), values[-tenth:].mean().item(), steps)
+
+
+def _check_finite(values: list[Tensor], step: int, where: str, what: str = "the loss") -> None:
+    """Refuse NaN and infinity among the values of the steps that end with `step` (from 0)."""
+    finite = torch.isfinite(torch.stack(values)).cpu()
+    if not bool(finite.all()):
+        bad = step - len(values) + 2 + int((~finite).nonzero()[0])
+        raise NumericsError(f"{where}: {what} is NaN or infinite at step {bad}; fix: lower the stage's lr")
