@@ -1,0 +1,210 @@
+"""The commands. torch, transformers and datasets are imported inside them, after what can be refused without."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bbb_ao.cli.spread import SpreadCommand
+from bbb_ao.errors import ModelError, RecipeError
+
+WINDOW = 1024  # tokens; the protocol's, unless the model's context is shorter
+
+app = typer.Typer(
+    help="Compress language models to 2 bits per weight, evaluate and inspect them.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DataOption = Annotated[
+    list[str],
+    typer.Option("--data", metavar="FILE...", help=".jsonl, .txt, .parquet, folder or hub dataset; several allowed."),
+]
+DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda [cuda where there is one].")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"bbb-ao {version('bbb_ao')}")
+        except PackageNotFoundError:
+            typer.echo("bbb-ao (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of all commands. `entry.main` takes --debug out, wherever it stands, before they are parsed."""
+
+
+@app.command(cls=SpreadCommand)
+def train(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    data: DataOption,
+    recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="Shipped recipe or YAML file.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="Where the result goes; empty or not there yet.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE...", help="Change the recipe, e.g. stages.0.lr=1e-4."),
+    ] = None,
+    device: DeviceOption = None,
+    log: Annotated[str | None, typer.Option(metavar="FILE", help="JSON lines [DIR.log.jsonl].")] = None,
+) -> None:
+    """Compress MODEL by a recipe, and save a directory that transformers loads."""
+    from bbb_ao.modeldir import check_model_directory, check_output_directory, fetch_model
+    from bbb_ao.recipes.loader import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    directory = fetch_model(model)
+    # `compress` checks both again for its other callers; here they come before seconds of imports.
+    check_output_directory(output, directory)
+    check_model_directory(directory)
+    from bbb_ao.recipes.compress import compress
+    from bbb_ao.recipes.loading import choose_device
+    from bbb_ao.recipes.progress import Progress
+
+    place = choose_device(device)
+    record = Path(log) if log else Path(f"{output.rstrip('/')}.log.jsonl")
+    with Progress(len(settings.stages), record) as progress:
+        result = compress(directory, settings, data, output, device=place, report=progress)
+    typer.echo(f"{output}: {result.bits_per_weight:.3f} bits per weight, {result.seconds:.0f} s, log in {record}")
+
+
+@app.command("eval", cls=SpreadCommand)
+def evaluate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Model or checkpoint directory.")],
+    data: DataOption,
+    bits: Annotated[
+        list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Weight widths to run at.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a window [1024, or the model's context].")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first so many windows.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Perplexity on DATA: windows that do not overlap, mean cross-entropy in float32."""
+    from bbb_ao.modeldir import check_model_directory
+
+    config = check_model_directory(directory, allow_bitbybit=True)
+    widths = _widths(directory, config, bits)
+    tokens = _window(directory, config, window)
+    from bbb_ao.recipes.data import evaluation_windows
+    from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
+
+    place = choose_device(device)
+    windows = evaluation_windows(load_tokenizer(directory), data, tokens, limit, config.get("vocab_size"))
+    model = load_model(directory, "float32").to(place)
+    from bbb_ao.packed_linear import set_bits
+    from bbb_ao.recipes.evaluate import perplexity
+
+    name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data)
+    for width in widths:
+        if bits and width:
+            set_bits(model, width)
+        value = perplexity(model, windows, batch, place)
+        count = windows[:, 1:].numel()
+        row = {"bits": width, "ppl": round(value, 4), "tokens": count, "windows": len(windows), "data": name}
+        typer.echo(json.dumps(row) if as_json else _sentence(row))
+
+
+@app.command()
+def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory.")]) -> None:
+    """A line per layer: widths, bits per weight, split channels, bytes."""
+    from bbb_ao.modeldir import check_model_directory
+
+    config = check_model_directory(directory, allow_bitbybit=True)
+    if "quantization_config" not in config:
+        raise ModelError(
+            f"{directory}: quantization_config: expected a bbb_ao checkpoint, got a plain model; fix: train first"
+        )
+    from bbb_ao.checkpoint import describe
+
+    layers = describe(directory)
+    rows: list[tuple[Any, ...]] = [
+        (
+            row.name,
+            f"{row.widths[0]}-{row.widths[-1]}",
+            row.act_bits or 16,
+            row.bits_per_weight,
+            row.split_channels,
+            row.bytes,
+        )
+        for row in layers
+    ]
+    size, count = sum(row.bytes for row in layers), sum(row.in_features * row.out_features for row in layers)
+    rows.append(("total", "", "", 8 * size / max(count, 1), sum(row.split_channels for row in layers), size))
+    heads = ("layer", "widths", "act_bits", "bits_per_weight", "split_channels", "bytes")
+    _print_table([heads, *rows])
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe's YAML.")] = None) -> None:
+    """List the shipped recipes."""
+    from bbb_ao.recipes.loader import dump_recipe, load_recipe, shipped_recipes
+
+    if name is not None:
+        typer.echo(dump_recipe(load_recipe(name)), nl=False)
+        return
+    for shipped in shipped_recipes():
+        recipe = load_recipe(shipped)
+        schedule = " > ".join(stage.name for stage in recipe.stages)
+        typer.echo(
+            f"{shipped:14} {recipe.description} [{schedule}; {recipe.sequences} x {recipe.sequence_length} tokens]"
+        )
+
+
+def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> list[int | None]:
+    """The widths to evaluate; None stands for full precision. Refuses what the checkpoint does not hold."""
+    quantization = config.get("quantization_config")
+    if quantization is None and bits:
+        raise ModelError(f"{directory}: bits: expected a bbb_ao checkpoint, got a plain model; fix: leave out --bits")
+    if quantization is None:
+        return [None]
+    if not bits:
+        return [config.get("bits")]
+    from bbb_ao.checkpoint import describe
+
+    stored = set(range(2, 9)).intersection(*(row.widths for row in describe(directory)))
+    for width in bits:
+        if width not in stored:
+            have = ", ".join(map(str, sorted(stored)))
+            raise ModelError(f"{directory}: bits: expected one of {have}, as stored, got {width}; fix: change --bits")
+    return list(bits)
+
+
+def _window(directory: str, config: dict[str, Any], window: int | None) -> int:
+    context = config.get("max_position_embeddings")
+    if not isinstance(context, int):
+        return window or WINDOW
+    if window is not None and window > context:
+        raise RecipeError(
+            f"--window: expected at most {context}, the context of {directory}, got {window}; fix: lower it"
+        )
+    return window or min(WINDOW, context)
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    width = f"{row['bits']} bits" if row["bits"] else "full precision"
+    return f"{width}: perplexity {row['ppl']:.4f} ({row['windows']} windows, {row['tokens']} tokens, {row['data']})"
+
+
+def _print_table(rows: Sequence[Sequence[Any]]) -> None:
+    """Columns as wide as their cells; the first to the left, the others to the right."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        typer.echo("  ".join([row[0].ljust(sizes[0]), *(c.rjust(s) for c, s in zip(row[1:], sizes[1:], strict=True))]))

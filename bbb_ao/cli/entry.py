@@ -1,0 +1,130 @@
+"""The entry point: runs a command and turns every failure into one line on stderr and an exit code."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import typer
+
+from bbb_ao.errors import BitByBitError
+
+INTERNAL, USAGE, RESOURCES, INTERRUPTED, TERMINATED = 1, 2, 5, 130, 143
+RESOURCE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM, errno.EMFILE)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; not an Exception, so that no handler on the way takes it for a failure of its own."""
+
+
+def main(arguments: Sequence[str] | None = None, load: Callable[[], Any] | None = None, name: str = "bbb-ao") -> int:
+    """Run a command line with these arguments (None: the process's).
+
+    Args:
+        load: imports and returns the typer application; None takes `bbb-ao`'s commands.
+        name: of the program, for usage and errors.
+    Returns:
+        the exit code: 0; 1 a bug; 2 usage or recipe; 3 model; 4 data; 5 resources; 6 numerics; 130 or 143 interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
+    try:
+        with _termination(), _quiet(not debug):
+            app = (load or _commands)()
+            code = app(arguments, prog_name=name, standalone_mode=False)
+            sys.stdout.flush()
+        if code == INTERRUPTED:
+            # typer turns the exception into an exit code.
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # The reader of our output left (`bbb-ao inspect DIR | head`); keep Python's own flush at exit from failing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001  the outermost door
+        code, message = explain(error)
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        typer.echo(f"{name}: error: {escape(message)}", err=True)
+        return code
+
+
+def _commands() -> Any:
+    from bbb_ao.cli.commands import app
+
+    return app
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of a failure."""
+    # Older typer: Abort, for the same.
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, Terminated):
+        return TERMINATED, "terminated"
+    if isinstance(error, BitByBitError):
+        return error.exit_code, str(error)
+    # typer's usage errors; their module differs between its versions.
+    if hasattr(error, "format_message"):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "bbb-ao"
+        return USAGE, f"{error.format_message().rstrip('.')}; fix: see `{command} --help`"  # type: ignore[attr-defined]
+    name, text = type(error).__name__, str(error) or "no message"
+    out_of_memory = isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text
+    if out_of_memory:
+        return RESOURCES, "memory: expected enough, got an allocation failure; fix: lower micro_batch or sequences"
+    if isinstance(error, OSError) and error.errno in RESOURCE_ERRNOS:
+        return (
+            RESOURCES,
+            f"{error.filename or 'file'}: expected to read or write it, got {error.strerror}; fix: free it",
+        )
+    return INTERNAL, f"unexpected {name}: {text[:300]}; fix: run again with --debug and report it"
+
+
+def escape(text: str) -> str:
+    """One line of printable characters: control and other unprintable ones as escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM raises, so that temporary files are cleaned up as on an error."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """Keep libraries' log lines and warnings off stderr, which holds progress and one line of error."""
+    if not active:
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
