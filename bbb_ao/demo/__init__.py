@@ -1,0 +1,1 @@
+"""The demo: a small shipped model of Python source text, compressed to 2 bits in minutes."""
