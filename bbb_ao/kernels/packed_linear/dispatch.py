@@ -46,7 +46,7 @@ def packed_linear(
     Raises:
         TypeError: x is not floating point, or a packed tensor not uint8.
         ValueError: shapes that do not fit together, or a plane that `bits` needs is missing.
-    Gradient: none; train on the fake-quantized weight.
+    Gradient: for x and bias; the packed weight is frozen (train on the fake-quantized one).
     """
     if takes_row_path(x, high, mid, low, bits, zero_point_bits, half_step, group_size):
         check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)

@@ -91,11 +91,10 @@ def check_weight(
         raise ValueError(f"scale must be [out_features, groups] = [{high.shape[0]}, ...]: found {tuple(scale.shape)}")
     groups = scale.shape[1]
     check_planes(high, mid, low, groups * group_size, bits)
-    if (zero_point is None) != (zero_point_bits == 0):
-        found = "none" if zero_point is None else "one"
-        raise ValueError(
-            f"zero_point must be given exactly when zero_point_bits > 0: found {zero_point_bits} bits and {found}"
-        )
+    if zero_point is None and zero_point_bits > 0:
+        raise ValueError(f"zero_point must be given with zero_point_bits = {zero_point_bits}; or set that to 0")
+    if zero_point is not None and zero_point_bits == 0:
+        raise ValueError("zero_point must be None with zero_point_bits = 0, which fixes the zero offset at 2")
     if zero_point is not None and tuple(zero_point.shape) != (high.shape[0], packed_bytes(groups, zero_point_bits)):
         expected = (high.shape[0], packed_bytes(groups, zero_point_bits))
         raise ValueError(f"zero_point must have shape {expected}: found {tuple(zero_point.shape)}")
@@ -117,5 +116,5 @@ def _read_codes(
     """c_r from the planes that hold it; planes that are not stored count as zero bits of the parent code."""
     if half_step or bits >= stored_bits(mid, low):
         return unpack_planes(high, mid, low, features, bits)
-    # Rounding takes one bit below the slice and no more: floor((floor(c / 2**m) + 1) / 2) = floor((c + 2**m) / 2**(m+1)).
+    # Rounding takes one bit below the slice, no more: floor((floor(c / 2**m) + 1) / 2) = floor((c + 2**m) / 2**(m+1)).
     return slice_codes(unpack_planes(high, mid, low, features, bits + 1), bits, half_step, bits + 1)

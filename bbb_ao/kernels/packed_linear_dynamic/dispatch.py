@@ -35,7 +35,7 @@ def packed_linear_dynamic(
         [..., out_features], dtype of x.
     Raises:
         TypeError, ValueError: as `packed_linear`; ValueError also where act_bits is not 2 to 8.
-    Gradient: none.
+    Gradient: for x, straight through its quantization, and bias; the packed weight is frozen.
     """
     if not 2 <= act_bits <= 8:
         raise ValueError(f"act_bits must be 2 to 8: found {act_bits}; use packed_linear for unquantized activations")

@@ -6,6 +6,7 @@ A device's own kernel is added with `packed_linear_dynamic_op.register_kernel(de
 import torch
 from torch import Tensor
 
+from bbb_ao.kernels.packed_linear.gradient import backward_packed, save_packed
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
 from bbb_ao.kernels.packed_linear_dynamic.reference import packed_linear_dynamic_reference
 
@@ -70,3 +71,6 @@ def _(
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, scale.shape[-1] * group_size)
     return x.new_empty(*x.shape[:-1], high.shape[0])
+
+
+packed_linear_dynamic_op.register_autograd(backward_packed, setup_context=save_packed)

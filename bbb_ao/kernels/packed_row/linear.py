@@ -25,11 +25,23 @@ from bbb_ao.kernels.packing.dense import unpack_codes
 from bbb_ao.kernels.packing.planes import GRANULE, stored_bits
 from bbb_ao.kernels.packing.words import LANES, WordLayout, assemble_words, plane_words
 
+
+def _offsets(bits: int, zero_point_bits: int, half_step: bool) -> Tensor:
+    """h - zeta * 2**(r-2) of each zero offset in a byte, float32 [256, 8 / zero_point_bits]."""
+    codes = unpack_codes(_BYTES[:, None], zero_point_bits, 8 // zero_point_bits).to(torch.float32)
+    return (0.5 if half_step else 0.0) - codes * 2.0 ** (bits - zero_point_bits)
+
+
 # Tensors of the module, not of the graph: Inductor would put the computation of a table back into the loop.
-_BYTES = torch.arange(256, dtype=torch.uint8)
-E4M3_VALUES = decode_scale(_BYTES, torch.zeros((), dtype=torch.int32))
-# [256, codes in a byte]
-ZERO_POINT_CODES = {bits: unpack_codes(_BYTES[:, None], bits, 8 // bits).to(torch.float32) for bits in (2, 4, 8)}
+# The device is named because this module may be imported under another default, such as "meta".
+_BYTES = torch.arange(256, dtype=torch.uint8, device="cpu")
+E4M3_VALUES = decode_scale(_BYTES, torch.zeros((), dtype=torch.int32, device="cpu"))
+OFFSETS = {
+    (bits, width, half_step): _offsets(bits, width, half_step)
+    for bits in (2, 4, 8)
+    for width in (2, 4, 8)
+    for half_step in (False, True)
+}
 
 
 def takes_row_path(
@@ -43,12 +55,13 @@ def takes_row_path(
     group_size: int,
 ) -> bool:
     """The rule that chooses `packed_linear_row`: under torch.compile or torch.export, one row of 16- or 32-bit floating
-    point on a CPU, 2, 4 or 8 bits without rounded slices, groups of 32, contiguous planes, zero offsets of 0, 2, 4
-    or 8 bits. Anything else goes to the op.
+    point on a CPU that needs no gradient, 2, 4 or 8 bits without rounded slices, groups of 32, contiguous planes, zero
+    offsets of 0, 2, 4 or 8 bits. Anything else goes to the op.
     """
     planes = [plane for plane in (high, mid, low) if plane is not None]
     return (
         torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and x.requires_grad)
         and x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and statically_known_true(prod(x.shape[:-1]) == 1)
@@ -89,7 +102,7 @@ def packed_linear_row(
     planes = [plane for plane, first in ((high, 2), (mid, 4), (low, 8)) if plane is not None and bits >= first]
     blocks, tail = plane_words(planes, layout)
     groups = layout.blocks * 4
-    scales = _GroupScales(scale, zero_point, zero_point_bits, 2.0 ** (bits - 2), 0.5 if half_step else 0.0)
+    scales = _GroupScales(scale, zero_point, zero_point_bits, bits, half_step)
     parts = []
     if blocks:
         shares = activation[: groups * GRANULE].view(layout.block_shape)
@@ -105,49 +118,37 @@ def packed_linear_row(
 
 
 class _GroupScales:
-    """E4M3 scales and zero offsets in code steps, h - zeta * 2**(r-2), of chosen groups.
-
-    Args:
-        scale, zero_point, zero_point_bits: as in `packed_linear`.
-        steps: 2**(r-2).
-        half: h.
-    """
+    """E4M3 scales and offsets in steps of the codes, h - zeta * 2**(r-2), of chosen groups; arguments as elsewhere."""
 
     def __init__(
-        self, scale: Tensor, zero_point: Tensor | None, zero_point_bits: int, steps: float, half: float
+        self, scale: Tensor, zero_point: Tensor | None, zero_point_bits: int, bits: int, half_step: bool
     ) -> None:
-        self.scale, self.zero_point, self.zero_point_bits = scale, zero_point, zero_point_bits
-        self.steps, self.half = steps, half
+        self.scale, self.zero_point = scale, zero_point
+        if zero_point is None:
+            self.fixed_offset = (0.5 if half_step else 0.0) - 2.0 ** (bits - 1)
+        else:
+            self.table, self.per_byte = OFFSETS[bits, zero_point_bits, half_step], 8 // zero_point_bits
 
     def of_blocks(self, quarter: int, blocks: int) -> tuple[Tensor, Tensor | float]:
         """(scale, offset) of one quarter of all full blocks, [out_features, blocks, 1]."""
-        scale = _per_block(self.scale, blocks, 4)[:, :, quarter, None]
+        scale = E4M3_VALUES[_per_block(self.scale, blocks, 4)[:, :, quarter, None].to(torch.int32)]
         if self.zero_point is None:
-            return _decode(scale), self.half - 2.0 * self.steps
-        per_byte = 8 // self.zero_point_bits
-        packed = _per_block(self.zero_point, blocks, 4 // per_byte)[:, :, quarter // per_byte, None]
-        return _decode(scale), self._offset(packed, quarter % per_byte)
+            return scale, self.fixed_offset
+        packed = _per_block(self.zero_point, blocks, 4 // self.per_byte)[:, :, quarter // self.per_byte, None]
+        return scale, self.table[packed.to(torch.int32), quarter % self.per_byte]
 
     def of_group(self, group: int) -> tuple[Tensor, Tensor | float]:
         """(scale, offset) of one group, [out_features, 1]."""
-        scale = self.scale[:, group, None]
+        scale = E4M3_VALUES[self.scale[:, group, None].to(torch.int32)]
         if self.zero_point is None:
-            return _decode(scale), self.half - 2.0 * self.steps
-        per_byte = 8 // self.zero_point_bits
-        return _decode(scale), self._offset(self.zero_point[:, group // per_byte, None], group % per_byte)
-
-    def _offset(self, packed: Tensor, slot: int) -> Tensor:
-        codes = ZERO_POINT_CODES[self.zero_point_bits][packed.to(torch.int32), slot]
-        return self.half - codes * (self.steps * 4 / 2**self.zero_point_bits)
+            return scale, self.fixed_offset
+        packed = self.zero_point[:, group // self.per_byte, None]
+        return scale, self.table[packed.to(torch.int32), group % self.per_byte]
 
 
 def _per_block(packed: Tensor, blocks: int, size: int) -> Tensor:
     """[out_features, >= blocks * size] -> [out_features, blocks, size]."""
     return packed[:, : blocks * size].reshape(packed.shape[0], blocks, size)
-
-
-def _decode(scale: Tensor) -> Tensor:
-    return E4M3_VALUES[scale.to(torch.int32)]
 
 
 def _block_sums(

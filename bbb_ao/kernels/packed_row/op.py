@@ -1,7 +1,7 @@
 """torch.ops.bbb_ao.prepare_row: what a one-row product does to its activation, kept opaque to Inductor.
 
-Inductor would otherwise repeat the gather for every output. Between two products the caches are full of weights, so that
-every call into torch counts: there are few here, and the op is registered without the wrapper of `custom_op`.
+Inductor would otherwise repeat the gather for every output. Between two products the caches are full of weights, so
+that every call into torch counts: there are few here, and the op is registered without the wrapper of `custom_op`.
 """
 
 from functools import lru_cache

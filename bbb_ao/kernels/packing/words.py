@@ -129,8 +129,8 @@ def plane_words(planes: list[Tensor], layout: WordLayout) -> tuple[list[Tensor],
     Args:
         planes: [high], [high, mid] or [high, mid, low]; uint8, contiguous.
     Returns:
-        words of the full blocks, each [out_features, blocks, 8]; words of the tail, each [out_features, lanes], of which
-        the last ones are the tail's. Either list is empty where there is no such block.
+        words of the full blocks, each [out_features, blocks, 8]; words of the tail, each [out_features, lanes], the
+        last of them the tail's. Either list is empty where there is no such block.
     """
     full, tail = [], []
     for plane, halves in zip(planes, (1, 1, 2), strict=False):
@@ -149,14 +149,14 @@ def word_activation(layout: WordLayout) -> tuple[Tensor, Tensor]:
     Returns:
         columns, int64 [activation_size]: the full blocks' part, then the tail's; places outside of a tail group have
         column `features`, which must read as 0.
-        factors, float32 [activation_size]: `field_scale` of each place.
+        factors, float32 [activation_size]: `field_scale` of each place. Both on the CPU.
     """
-    scales = torch.tensor([[layout.field_scale(k, q) for q in range(4)] for k in range(4)]).unsqueeze(-1)
+    scales = torch.tensor([[layout.field_scale(k, q) for q in range(4)] for k in range(4)], device="cpu").unsqueeze(-1)
     whole, span = layout.blocks * BLOCK, layout.tail_groups * GRANULE // 4
     # [..., quarter, lane, byte] -> [..., quarter, byte, lane]
-    full = torch.arange(whole).view(layout.blocks, 4, LANES, 4).transpose(-1, -2)
-    word = torch.arange(layout.tail_lanes) - (layout.tail_lanes - span // 4)
-    quarter, byte = torch.arange(4)[:, None, None], torch.arange(4)[:, None]
+    full = torch.arange(whole, device="cpu").view(layout.blocks, 4, LANES, 4).transpose(-1, -2)
+    word = torch.arange(layout.tail_lanes, device="cpu") - (layout.tail_lanes - span // 4)
+    quarter, byte = torch.arange(4, device="cpu")[:, None, None], torch.arange(4, device="cpu")[:, None]
     column = span * quarter + 4 * word + byte
     group = torch.where(word >= 0, column.div(GRANULE, rounding_mode="floor"), -1)
     tail = [torch.where(group == g, whole + column, layout.features) for g in range(layout.tail_groups)]
