@@ -25,7 +25,7 @@ _HOMES = {
     "compress": "bbb_ao.recipes.compress",
     "convert_model": "bbb_ao.convert",
     "export_dense": "bbb_ao.checkpoint",
-    "footprint": "bbb_ao.footprint",
+    "footprint": "bbb_ao.storage",
     "merge_channels": "bbb_ao.splitting",
     "quantize_": "bbb_ao.quantize",
     "save_packed": "bbb_ao.checkpoint",
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from bbb_ao.checkpoint import save_packed as save_packed
     from bbb_ao.convert import convert_model as convert_model
     from bbb_ao.errors import BitByBitError as BitByBitError
-    from bbb_ao.footprint import footprint as footprint
     from bbb_ao.grid import Grid as Grid
     from bbb_ao.huggingface import BitByBitConfig as BitByBitConfig
     from bbb_ao.packed_linear import PackedLinear as PackedLinear
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from bbb_ao.recipes.compress import compress as compress
     from bbb_ao.splitting import merge_channels as merge_channels
     from bbb_ao.splitting import split_channels as split_channels
+    from bbb_ao.storage import footprint as footprint
 
 
 def __getattr__(name: str) -> Any:
@@ -64,7 +64,13 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-# Registering with transformers imports torch: the command line does that only when a command needs it. Under
-# `python -m bbb_ao` the package is imported while argv[0] still is "-m".
-if Path(sys.argv[0] if sys.argv else "").name not in ("bbb-ao", "-m"):
+def _is_command_line() -> bool:
+    """Whether `bbb-ao` or `python -m bbb_ao` is starting; argv[0] still is "-m" while a package is imported for it."""
+    program = Path(sys.argv[0] if sys.argv else "").name
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if program == "-m" and "-m" in sys.orig_argv else []
+    return program == "bbb-ao" or module in (["bbb_ao"], ["bbb_ao.demo"])
+
+
+# Registering with transformers imports torch: the command line does that only when a command needs it.
+if not _is_command_line():
     importlib.import_module("bbb_ao.huggingface")

@@ -118,3 +118,11 @@ def _write_lines(path: Path, texts: Iterable[str]) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for text in texts:
             file.write(json.dumps({"text": text}) + "\n")
+
+
+if __name__ == "__main__":
+    import sys
+
+    folder = sys.argv[1] if len(sys.argv) == 2 else sys.exit("usage: python -m bbb_ao.demo.stdlib_corpus FOLDER")
+    for written in write_corpus(folder):
+        print(written)

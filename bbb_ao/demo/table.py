@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from bbb_ao.checkpoint import save_packed
-from bbb_ao.footprint import footprint
 from bbb_ao.recipes.compress import Reporter, pack, train
 from bbb_ao.recipes.evaluate import perplexity
 from bbb_ao.recipes.loader import dump_recipe
 from bbb_ao.recipes.prepare import round_to_nearest
 from bbb_ao.recipes.stages import Recipe
+from bbb_ao.storage import footprint
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bbb_ao.checkpoint import save_packed
 from bbb_ao.convert import convert_model
 from bbb_ao.errors import DataError, RecipeError
-from bbb_ao.footprint import footprint
 from bbb_ao.modeldir import check_model_directory, check_output_directory, check_weights
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
@@ -23,6 +22,7 @@ from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
 from bbb_ao.recipes.stages import Recipe
+from bbb_ao.storage import footprint
 
 
 class Reporter(Protocol):

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from bbb_ao.checkpoint import describe, export_dense, new_directory, save_packed
 from bbb_ao.convert import convert_model, to_dense
 from bbb_ao.errors import ModelError, RecipeError, ResourceError
-from bbb_ao.footprint import footprint
 from bbb_ao.packed_linear import packed_linears, set_bits
 from bbb_ao.qat_linear import qat_linears
+from bbb_ao.storage import footprint
 from core.conftest import TOKENS, dense_llama, packed_llama, prepared_llama
 
 

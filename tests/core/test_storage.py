@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from bbb_ao.duplication import duplicate_output
-from bbb_ao.footprint import Footprint, footprint, layer_footprint
 from bbb_ao.grid import Grid
 from bbb_ao.packed_linear import PackedLinear
 from bbb_ao.qat_linear import QATLinear
 from bbb_ao.splitting import choose_index
+from bbb_ao.storage import Footprint, footprint, layer_footprint
 from core.strategies import make_linear
 
 
