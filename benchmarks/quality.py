@@ -22,28 +22,34 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bbb_ao.convert import convert_model
-from bbb_ao.footprint import footprint
-from bbb_ao.grid import Grid, fake_quantize_weight, scale_and_zero_point
+from bbb_ao.grid import Grid, fake_quantize_weight, group
+from bbb_ao.kernels import derive_zero_point, group_range
 from bbb_ao.passes import block_linears, find_blocks
+from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.compress import train
 from bbb_ao.recipes.evaluate import perplexity
 from bbb_ao.recipes.prepare import round_to_nearest
 from bbb_ao.recipes.stages import GridSettings, Recipe, Split, Stage
+from bbb_ao.storage import footprint
 
 REFERENCES = ("full-precision", "rtn", "rtn-integer-float32")
 
 
 def parse_stage(text: str, settings: dict[str, str]) -> Stage:
-    """A stage from `[m]bits[a act_bits]:epochs[@lr]`: `2:4` is block-wise W2A16, `m2a2:1@2e-4` end-to-end W2A2."""
-    match = re.fullmatch(r"(m?)([\d+]+)(?:a(\d))?:([\d.]+)(?:@([\d.e-]+))?", text)
+    """A stage from `[m]bits[a act_bits][*loss weights]:epochs[@lr]`.
+
+    `2:4` is block-wise W2A16, `m2a2:1@2e-4` end-to-end W2A2, `8+4+2*64,8,1:3` joint with loss weights.
+    """
+    match = re.fullmatch(r"(m?)([\d+]+)(?:a(\d))?(?:\*([\d.,]+))?:([\d.]+)(?:@([\d.e-]+))?", text)
     if match is None:
-        raise ValueError(f"stage: expected [m]bits[aBITS]:epochs[@lr], got {text!r}")
-    model, bits, act_bits, epochs, lr = match.groups()
+        raise ValueError(f"stage: expected [m]bits[aBITS][*weights]:epochs[@lr], got {text!r}")
+    model, bits, act_bits, weights, epochs, lr = match.groups()
     widths = tuple(int(width) for width in bits.split("+"))
     return Stage(
         scope="model" if model else "block",
         weight_bits=widths if len(widths) > 1 else int(bits),
         act_bits=int(act_bits) if act_bits else None,
+        loss_weights=tuple(map(float, weights.split(","))) if weights else None,
         epochs=float(epochs),
         lr=float(lr or settings.get("lr", "3e-4")),
         batch_size=int(settings.get("batch", "4")),
@@ -122,12 +128,17 @@ def reference(name: str, model: Any, recipe: Recipe) -> Any:
         for _, block in find_blocks(student):
             for linear in block_linears(block):
                 weight = block.get_parameter(f"{linear}.weight").data
-                weight.copy_(fake_quantize_weight(weight, *scale_and_zero_point(weight, grid), 2, grid))
+                low, high = group_range(group(weight, grid.group_size))
+                scale = (high - low) / 3
+                zero_point = derive_zero_point(low, high, scale, half_step=False, zero_point_bits=2)
+                weight.copy_(fake_quantize_weight(weight, scale, zero_point, 2, grid))
     return student
 
 
-def run_one(name: str, seed: int, model: Any, tokens: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-    """Train one experiment with one seed and measure it."""
+def run_one(
+    name: str, seed: int, model: Any, tokens: dict[str, torch.Tensor], device: torch.device
+) -> list[dict[str, Any]]:
+    """Train one experiment with one seed and measure it: a row for each width of its last stage."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -137,31 +148,31 @@ def run_one(name: str, seed: int, model: Any, tokens: dict[str, torch.Tensor], d
     else:
         result = train(model, draw(tokens["calibration"], recipe), recipe, device)
         student, losses = result.model, [[fit.last_loss for fit in fits] for fits in result.fits]
-    seconds = time.perf_counter() - start
-    last = recipe.stages[-1]
-    student.to(device)
-    figures = {
-        f"{key.removeprefix('evaluate.')}_ppl": perplexity(student, windows.long(), 8, device)
-        for key, windows in tokens.items()
-        if key.startswith("evaluate.")
-    }
-    packable = name == "rtn" or name not in REFERENCES
-    bits = footprint(convert_model(student.cpu(), last.widths[0])).bits_per_weight if packable else None
-    return {
-        "method": name,
-        "weight_bits": last.widths[-1],
-        "act_bits": last.act_bits,
+    shared = {
         "seed": seed,
-        **figures,
-        "bits_per_weight": bits,
         "calibration_tokens": recipe.sequences * recipe.sequence_length if losses else 0,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "last_losses": losses,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "commit": commit(),
         **versions(),
     }
+    last, rows = recipe.stages[-1], []
+    student.to(device)
+    for width in last.widths:
+        set_training_bits(student, width, last.act_bits)
+        figures = {
+            f"{key.removeprefix('evaluate.')}_ppl": perplexity(student, windows.long(), 8, device)
+            for key, windows in tokens.items()
+            if key.startswith("evaluate.")
+        }
+        rows.append({"method": name, "weight_bits": width, "act_bits": last.act_bits, **figures, **shared})
+    if losses or name == "rtn":
+        packed = convert_model(student.cpu(), last.widths[0])
+        for row in rows:
+            row["bits_per_weight"] = footprint(packed, row["weight_bits"]).bits_per_weight
+    return rows
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -175,12 +186,11 @@ def run(arguments: argparse.Namespace) -> None:
     rows = json.loads(output.read_text()) if output.exists() else []
     for seed in arguments.seeds:
         for name in arguments.experiments:
-            row = run_one(name, seed, model, tokens, device)
-            rows.append(row)
+            for row in run_one(name, seed, model, tokens, device):
+                rows.append(row)
+                figures = " ".join(f"{key} {value:.3f}" for key, value in row.items() if key.endswith("_ppl"))
+                print(f"{name:40} W{row['weight_bits']} seed {seed} {figures} {row['seconds']:.0f} s", flush=True)
             output.write_text(json.dumps(rows, indent=1) + "\n")
-            figures = " ".join(f"{key} {value:.3f}" for key, value in row.items() if key.endswith("_ppl"))
-            bits = row["bits_per_weight"] or 0.0
-            print(f"{name:40} seed {seed} {figures} {bits:.3f} bits {row['seconds']:.0f} s", flush=True)
 
 
 def run_in_parallel(arguments: argparse.Namespace) -> None:
