@@ -13,7 +13,8 @@ $(VENV)/.ready: pyproject.toml
 
 # The main job: `make demo` on the shipped model, `make demo MODEL=dir DATA=file` on your own.
 demo: setup
-	$(RUN) -m bbb_ao.demo --overwrite $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(RUN) -m bbb_ao.demo --overwrite $(if $(MODEL),--model '$(MODEL)',--set sequences=64) \
+		$(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: setup lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m pytest -n 2 $(ARGS)

@@ -78,6 +78,9 @@ def train(
     record = Path(log) if log else Path(f"{output.rstrip('/')}.log.jsonl")
     with Progress(len(settings.stages), record) as progress:
         result = compress(directory, settings, data, output, device=place, report=progress)
+    for plan in result.prepared.plans:
+        for name, reason in plan.unsupported:
+            typer.echo(f"left as it is in {plan.kind}: {name}: {reason}")
     typer.echo(f"{output}: {result.bits_per_weight:.3f} bits per weight, {result.seconds:.0f} s, log in {record}")
 
 

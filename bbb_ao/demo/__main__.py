@@ -40,6 +40,9 @@ def demo(
     window: Annotated[int, typer.Option(help="Tokens in each; 0 for the recipe's sequence length.")] = 0,
     prompt: Annotated[str, typer.Option(help="What to continue.")] = PROMPT,
     overwrite: Annotated[bool, typer.Option(help="Replace what an earlier demo wrote to the output.")] = False,
+    equal_budget: Annotated[
+        bool, typer.Option("--equal-budget", help="Also train straight to the last width for all epochs.")
+    ] = False,
     table: Annotated[str, typer.Option(help="Also write the table to this JSON file.")] = "",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.")
@@ -63,7 +66,9 @@ def demo(
     tokenizer, full = load_tokenizer(model), load_model(model, "auto")
     print(f"{model}: {sum(p.numel() for p in full.parameters()) / 1e6:.1f} M parameters, recipe {settings.name}")
     sequences, tokens = _text(tokenizer, data, held_out, settings, windows, window or settings.sequence_length)
-    rows = compare(full, tokenizer, sequences, tokens, settings, target, lambda line: print(line, flush=True))
+    rows = compare(
+        full, tokenizer, sequences, tokens, settings, target, lambda line: print(line, flush=True), equal_budget
+    )
     if table:
         Path(table).write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
     packed = load_model(target, "float32")

@@ -48,17 +48,19 @@ class Row:
 HEADER = f"{'method':24} {'perplexity':>10} {'bits/weight':>11} {'on disk':>12} {'seconds':>8}"
 
 
-def ablations(recipe: Recipe) -> list[tuple[str, Recipe | None]]:
+def ablations(recipe: Recipe, equal_budget: bool) -> list[tuple[str, Recipe | None]]:
     """The recipe taken apart: round to nearest (None), its last stage alone, all its stages, and with splitting.
 
-    "straight, all epochs" gives the last stage the epochs of all stages: the same budget as the progressive run.
+    Args:
+        equal_budget: also the last stage alone with the epochs of all stages, the budget of the progressive run.
     """
     last = recipe.stages[-1]
     longer = replace(last, epochs=sum(stage.epochs for stage in recipe.stages))
+    extra = [("straight, all epochs", replace(recipe, split=None, stages=(longer,)))]
     return [
         ("round to nearest", None),
         ("straight", replace(recipe, split=None, stages=(last,))),
-        ("straight, all epochs", replace(recipe, split=None, stages=(longer,))),
+        *(extra if equal_budget else []),
         ("progressive", replace(recipe, split=None)),
         ("progressive + splitting", recipe),
     ]
@@ -72,9 +74,10 @@ def compare(
     recipe: Recipe,
     output: Path,
     show: Callable[[str], None],
+    equal_budget: bool = False,
     report: Callable[[Recipe], Reporter | None] = lambda recipe: None,
 ) -> list[Row]:
-    """Measure full precision and each of `ablations(recipe)`; save the last one to `output`.
+    """Measure full precision and each of `ablations`; save the last one to `output`.
 
     Args:
         model: the full-precision model, on the CPU.
@@ -87,7 +90,7 @@ def compare(
     show(HEADER)
     rows = [Row("full precision", perplexity(copy.deepcopy(model).float(), windows), bits, weights, 0.0)]
     show(str(rows[0]))
-    for method, variant in ablations(recipe):
+    for method, variant in ablations(recipe, equal_budget):
         start = time.perf_counter()
         if variant is None:
             student = round_to_nearest(model, recipe)

@@ -118,3 +118,25 @@ def test_zero_and_constant_weights_succeed(run, model: Path, data: Path, tmp_pat
     files = ("--data", data, "--recipe", "smoke", "--output", tmp_path / "out")
     assert run("train", model, *files, *SMALL).code == 0
     assert run("eval", tmp_path / "out", "--data", data).code == 0
+
+
+def test_train_names_the_weights_that_it_leaves_alone(run, tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "moe")
+    files = ("--data", data, "--recipe", "smoke", "--output", tmp_path / "out")
+    result = run("train", tmp_path / "moe", *files, *SMALL[:3], "stages.*.epochs=1", "--device", "cpu")
+    assert result.code == 0, result
+    assert "left as it is in MixtralDecoderLayer: mlp.experts" in result.out

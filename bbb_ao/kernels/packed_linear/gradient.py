@@ -29,7 +29,7 @@ def backward_packed(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * ctx.inputs
     if ctx.needs_input_grad[0]:
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        weight = dequantize_packed(high, mid, low, scale, exponent, zero_point, *ctx.settings, dtype)
+        weight = dequantize_packed(high, mid, low, scale, exponent, zero_point, *ctx.settings, dtype=dtype)
         columns = gradient @ weight.to(gradient.dtype)
         gradients[0] = columns
         if index is not None:
