@@ -22,7 +22,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for root in _search_roots(model):
         candidates = [module for module in root.modules() if isinstance(module, nn.ModuleList) and _is_stack(module)]
         if candidates:
-            stack = max(candidates, key=lambda module: sum(p.numel() for p in module.parameters()))
+            stack = max(candidates, key=lambda module: sum(tensor.numel() for tensor in _tensors(module)))
             return [(f"{names[stack]}.{i}".removeprefix("."), block) for i, block in enumerate(stack)]
     raise ModelError(
         f"{type(model).__name__}: no decoder blocks found: expected an nn.ModuleList of layers that hold weight "
@@ -38,10 +38,17 @@ def _search_roots(model: nn.Module) -> Iterator[nn.Module]:
     yield model
 
 
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    # Buffers too: the weights of a packed model are buffers.
+    yield from module.parameters()
+    yield from module.buffers()
+
+
 def _is_stack(modules: nn.ModuleList) -> bool:
     # Lists of bare Linears or embeddings (heads of multi-codebook models) are not decoder blocks.
     return len(modules) > 0 and all(
-        any(True for _ in child.children()) and any(p.dim() >= 2 for p in child.parameters()) for child in modules
+        any(True for _ in child.children()) and any(tensor.dim() >= 2 for tensor in _tensors(child))
+        for child in modules
     )
 
 
