@@ -65,9 +65,14 @@ def test_recipes_are_listed_and_shown(run) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_with_their_code(number: int, code: int, refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "shipped_recipes", lambda: os.kill(os.getpid(), number))
+    # A shell starts background jobs with SIGINT ignored, which Python inherits.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    assert refused(code, "recipes")
-    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        assert refused(code, "recipes")
+        assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_debug_shows_the_traceback(run, tmp_path: Path) -> None:
