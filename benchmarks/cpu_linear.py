@@ -4,7 +4,8 @@
 
 Packed and bf16 calls alternate in one process; each rotates through copies of its weight that together exceed the
 caches, as the layers of a model do. The baseline is the faster of eager and compiled F.linear. `speedup` is the median
-over pairs of bf16 time / packed time; low and high are the 10th and 90th percentiles. Times are in milliseconds.
+over pairs of bf16 time / packed time; low and high are the 10th and 90th percentiles. Times are milliseconds of the
+thread's own CPU time, which on a shared machine leaves out the time slices of other processes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bbb_ao.kernels import pack_codes, pack_planes, packed_linear, scale_exponent
+from bbb_ao.splitting import choose_index
 
 FEATURES = 4096
 GROUP_SIZE = 32
@@ -33,18 +35,17 @@ SPLIT_RATIO = 0.05
 ROTATION = 128 * 2**20
 
 
-def random_packed(generator: torch.Generator, bits: int, split: bool) -> tuple[Tensor | None, ...]:
+def random_packed(generator: torch.Generator, bits: int, multiple: int | None) -> tuple[Tensor | None, ...]:
     """Operands of `packed_linear` after x, up to the index, for random codes of a width.
 
     Args:
-        split: with SPLIT_RATIO of the channels duplicated at the end and padded to a multiple of 32, else no index.
+        multiple: about SPLIT_RATIO of the channels are duplicated, to the nearest multiple of this many columns; a
+            multiple of 128 fills the last block of the planes. None for no index.
     """
     index, columns = None, FEATURES
-    if split:
-        copies = torch.randperm(FEATURES, generator=generator)[: int(FEATURES * SPLIT_RATIO)]
-        index = torch.cat([torch.arange(FEATURES), copies])
-        padding = -len(index) % GROUP_SIZE
-        index = torch.cat([index, torch.full((padding,), FEATURES)]).to(torch.int32)
+    if multiple is not None:
+        index = choose_index(torch.rand(FEATURES, generator=generator), SPLIT_RATIO, multiple)
+        assert index is not None
         columns = len(index)
     groups = columns // GROUP_SIZE
 
@@ -65,9 +66,9 @@ def rotated(call: Callable[..., Tensor], operands: Sequence[tuple[Tensor | None,
 
 
 def milliseconds(call: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (time.thread_time() - start) * 1e3
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -77,25 +78,19 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return median, low, high
 
 
-def make_baseline(x: Tensor, pairs: int) -> tuple[str, Callable[[], Tensor]]:
-    """(name, call) of the faster of eager and compiled bf16 F.linear."""
+def make_baselines(x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Eager and compiled bf16 F.linear by name."""
     copies = max(2, ROTATION // (2 * FEATURES * FEATURES))
     weights = [(x, torch.randn(FEATURES, FEATURES, dtype=torch.bfloat16)) for _ in range(copies)]
-    calls = {"eager": rotated(F.linear, weights), "compiled": rotated(torch.compile(F.linear), weights)}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(pairs):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call))
-    fastest = min(times, key=lambda name: spread(times[name])[0])
-    return fastest, calls[fastest]
+    return {"eager": rotated(F.linear, weights), "compiled": rotated(torch.compile(F.linear), weights)}
 
 
-def measure(x: Tensor, bits: int, split: bool, baseline: Callable[[], Tensor], pairs: int, seed: int) -> dict:
-    """One row of the result: alternating pairs of a packed and a bf16 call."""
+def measure(
+    x: Tensor, bits: int, multiple: int | None, baselines: dict[str, Callable[[], Tensor]], pairs: int, seed: int
+) -> dict[str, object]:
+    """One row of the result: a packed call and one of each baseline in turn, `pairs` times."""
     generator = torch.Generator().manual_seed(seed)
-    first = random_packed(generator, bits, split)
+    first = random_packed(generator, bits, multiple)
     size = sum(t.numel() * t.element_size() for t in first if t is not None)
     operands = [(x, *first)] + [
         (x, *(None if t is None else t.clone() for t in first)) for _ in range(max(1, ROTATION // size))
@@ -109,21 +104,25 @@ def measure(x: Tensor, bits: int, split: bool, baseline: Callable[[], Tensor], p
     compiled = torch.compile(packed, fullgraph=True)
     torch.testing.assert_close(compiled(*operands[0]), packed(*operands[0]), rtol=0.02, atol=0.5)
     call = rotated(compiled, operands)
-    baseline()
-    for _ in operands:
-        call()
-    times, reference = [], []
+    for warm_up in (call, *baselines.values()):
+        warm_up()
+    times: list[float] = []
+    references: dict[str, list[float]] = {name: [] for name in baselines}
     for _ in range(pairs):
-        reference.append(milliseconds(baseline))
+        for name, baseline in baselines.items():
+            references[name].append(milliseconds(baseline))
         times.append(milliseconds(call))
+    fastest = min(references, key=lambda name: spread(references[name])[0])
+    reference = references[fastest]
     median, low, high = spread(times)
     bf16, bf16_low, bf16_high = spread(reference)
     speedup, speedup_low, speedup_high = spread([r / t for r, t in zip(reference, times, strict=True)])
     return {
         "bits": bits,
-        "split_ratio": SPLIT_RATIO if split else 0.0,
-        "stored_features": first[3].shape[1] * GROUP_SIZE if first[3] is not None else 0,
+        "split_channels": 0 if first[-1] is None else len(first[-1]) - FEATURES,
+        "stored_features": FEATURES if first[-1] is None else len(first[-1]),
         "bytes": size,
+        "baseline": fastest,
         "median_ms": median,
         "low_ms": low,
         "high_ms": high,
@@ -168,15 +167,17 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         x = torch.randn(1, FEATURES, dtype=torch.bfloat16)
-        name, baseline = make_baseline(x, arguments.pairs)
+        baselines = make_baselines(x)
         for bits in (2, 4, 8):
-            for split in (False, True):
-                row = measure(x, bits, split, baseline, arguments.pairs, arguments.seed)
-                rows.append({"name": "packed_linear", **row, "baseline": name, **environment(arguments.seed)})
+            for multiple in (None, GROUP_SIZE, 128):
+                row = measure(x, bits, multiple, baselines, arguments.pairs, arguments.seed)
+                rows.append({"name": "packed_linear", **row, **environment(arguments.seed)})
                 print(
                     f"W{bits}, {row['stored_features']} columns: {row['median_ms']:.2f} ms"
-                    f" [{row['low_ms']:.2f}, {row['high_ms']:.2f}], bf16 {name} {row['bf16_median_ms']:.2f} ms,"
-                    f" {row['speedup']:.2f} times as fast [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+                    f" [{row['low_ms']:.2f}, {row['high_ms']:.2f}],"
+                    f" bf16 {row['baseline']} {row['bf16_median_ms']:.2f} ms,"
+                    f" {row['speedup']:.2f} times as fast [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
+                    flush=True,
                 )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(rows, indent=2) + "\n")

@@ -10,6 +10,7 @@ What makes it fast on a CPU (design.md, section 3; benchmarks/cpu_linear.py):
 - scale and zero offset multiply sums over a group, in vector lanes, so that no group needs a horizontal sum;
 - E4M3 is decoded by a table of 256: its arithmetic in the loop costs as much as the product;
 - planes are loaded as float32 words (see `plane_words`);
+- products are added by fused multiply-adds;
 - the activation's preparation is opaque (`prepare_row`).
 """
 
@@ -17,6 +18,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch._inductor.inductor_prims import fma
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bbb_ao.kernels.fake_quantize import decode_scale
@@ -109,7 +111,7 @@ def packed_linear_row(
         parts += _block_sums(assemble_words(blocks), shares, sums[: groups * LANES].view(-1, 4, LANES), scales, layout)
     if tail:
         shares = activation[groups * GRANULE :].view(layout.tail_shape)
-        parts.append(_tail_sum(assemble_words(tail), shares, sums[groups * LANES :], scales, layout))
+        parts = [_tail_sum(assemble_words(tail), shares, sums[groups * LANES :], scales, layout, parts)]
     # 2**n as the bits of a float32: exact, and no call of pow.
     y = _add(parts) * ((scale_exponent + (127 + 2 - bits)) << 23).view(torch.float32)
     if bias is not None:
@@ -156,31 +158,46 @@ def _block_sums(
 ) -> list[Tensor]:
     """Terms of the full blocks, [out_features] each.
 
-    One sum for each quarter, at 8 bits for each half of one: Inductor writes the terms of a sum to memory when they
-    take more than 12 loads or 50 operations on a CPU, which makes the product three times as slow.
+    Inductor writes the terms of a sum to memory when they take more than 12 loads or 50 operations on a CPU (8 and 30
+    before torch 2.13), which makes the product three times as slow. Hence one sum for each quarter, or for each half of
+    its bytes where the whole would take too much; before 2.13 4 and 8 bits are past the limit however they are cut.
     """
-    bytes_at_once = 2 if layout.bits == 8 else 4
+    bytes_at_once = 4 if layout.bits == 4 else 2
     parts = []
     for k in range(4):
         scale, offset = scales.of_blocks(k, layout.blocks)
         for first in range(0, 4, bytes_at_once):
             codes = range(first, first + bytes_at_once)
-            terms = [layout.masked_field(words, k, q) * shares[:, k, q] for q in codes]
-            if first == 0:
-                terms.append(sums[:, k] * offset)
-            parts.append((_add(terms) * scale).sum((1, 2)))
+            terms = [(layout.masked_field(words, k, q), shares[:, k, q]) for q in codes]
+            start = sums[:, k] * offset if first == 0 else None
+            parts.append((_add_products(terms, start) * scale).sum((1, 2)))
     return parts
 
 
-def _tail_sum(words: list[Tensor], shares: Tensor, sums: Tensor, scales: _GroupScales, layout: WordLayout) -> Tensor:
-    """Terms of the columns after the full blocks, [out_features]."""
-    groups = []
+def _tail_sum(
+    words: list[Tensor], shares: Tensor, sums: Tensor, scales: _GroupScales, layout: WordLayout, parts: list[Tensor]
+) -> Tensor:
+    """The columns after the full blocks, added to `parts`, the terms of those: [out_features].
+
+    The terms join in shares of one lane (exact: there are eight if there are blocks), which makes Inductor run this
+    after them, when the end of each row is in the cache.
+    """
+    groups = [_add(parts).unsqueeze(1) / LANES] if parts else []
     for g in range(layout.tail_groups):
         scale, offset = scales.of_group(layout.blocks * 4 + g)
         places = [(k, q) for k in layout.tail_quarters(g) for q in range(4)]
-        t = _add([layout.masked_field(words, k, q) * shares[g, k, q] for k, q in places])
-        groups.append((t + sums[g] / layout.tail_lanes * offset) * scale)
+        terms = [(layout.masked_field(words, k, q), shares[g, k, q]) for k, q in places]
+        groups.append(_add_products(terms, sums[g] / layout.tail_lanes * offset) * scale)
     return _add(groups).sum(1)
+
+
+def _add_products(terms: list[tuple[Tensor, Tensor]], start: Tensor | None) -> Tensor:
+    """start + the sum of a * b, by fused multiply-adds: Inductor does not make them of a product and a sum."""
+    total = start
+    for a, b in terms:
+        total = a * b if total is None else fma(a, b, total)
+    assert total is not None
+    return total
 
 
 def _add(terms: list[Tensor]) -> Tensor:
