@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
-from bbb_ao.grid import Grid, QuantizedWeight, dequantize_weight
-from bbb_ao.kernels import packed_linear, packed_linear_dynamic, unpack_codes, unpack_planes
+from bbb_ao.grid import Grid
+from bbb_ao.kernels import dequantize_packed, packed_linear, packed_linear_dynamic
 from bbb_ao.splitting import merge_channels
 
 
@@ -66,19 +66,9 @@ class PackedTensor(TorchAOBaseTensor):
 
     def stored_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense [out_features, stored_features] weight at the current width, splits not merged."""
-        columns = self.scale.shape[1] * self.grid.group_size
-        # The integer grid rounds its slices, so it needs the whole parent code.
-        codes = unpack_planes(self.high, self.mid, self.low, columns, 8 if self.low is not None else self._stored_bits)
-        codes = codes if self.low is not None else codes << (8 - self._stored_bits)
-        zero_point = self.zero_point
-        if zero_point is not None:
-            zero_point = unpack_codes(zero_point, self.grid.zero_point_bits, self.scale.shape[1])
-        quantized = QuantizedWeight(codes, self.scale, self.scale_exponent, zero_point)
-        return dequantize_weight(quantized, self.bits, self.grid, dtype)
-
-    @property
-    def _stored_bits(self) -> int:
-        return 2 if self.mid is None else 4
+        grid, scales = self.grid, (self.scale, self.scale_exponent, self.zero_point)
+        settings = (self.bits, grid.zero_point_bits, grid.half_step, grid.group_size)
+        return dequantize_packed(self.high, self.mid, self.low, *scales, *settings, dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # type: ignore[override]
         """The dense [out_features, in_features] weight at the current width, copies of split channels summed."""

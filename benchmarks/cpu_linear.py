@@ -45,7 +45,7 @@ def random_packed(generator: torch.Generator, bits: int, multiple: int | None) -
     index, columns = None, FEATURES
     if multiple is not None:
         index = choose_index(torch.rand(FEATURES, generator=generator), SPLIT_RATIO, multiple)
-        assert index is not None
+        assert index is not None, "the ratio splits some channels"
         columns = len(index)
     groups = columns // GROUP_SIZE
 

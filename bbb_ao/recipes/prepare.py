@@ -118,15 +118,11 @@ def restrict_plan(plan: RewritePlan, chosen: Collection[str], producer_rows: boo
         if not consumers:
             continue
         touched = (*site.consumers, *(site.producers if site.rule == "rows" else ()))
-        whole = all(name in chosen for name in touched) and (site.rule != "rows" or producer_rows)
-        if whole:
+        whole = all(name in chosen for name in touched)
+        if whole and (site.rule != "rows" or producer_rows):
             sites.append(site)
         else:
-            reason = (
-                "rows are not duplicated"
-                if all(name in chosen for name in touched)
-                else "shares it with a layer left out"
-            )
+            reason = "rows are not duplicated" if whole else "shares it with a layer left out"
             sites.append(SplitSite(consumers[0], consumers, "index", reason=reason))
     return replace(plan, sites=tuple(sites))
 

@@ -48,24 +48,9 @@ def packed_linear(
         ValueError: shapes that do not fit together, or a plane that `bits` needs is missing.
     Gradient: for x and bias; the packed weight is frozen (train on the fake-quantized one).
     """
+    operands = (x, high, mid, low, scale, scale_exponent, zero_point, index, bias, bits, zero_point_bits, half_step)
     if takes_row_path(x, high, mid, low, bits, zero_point_bits, half_step, group_size):
         check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
         check_input(x, index, scale.shape[-1] * group_size)
-        return packed_linear_row(
-            x, high, mid, low, scale, scale_exponent, zero_point, index, bias, bits, zero_point_bits, half_step
-        )
-    return packed_linear_op(
-        x,
-        high,
-        mid,
-        low,
-        scale,
-        scale_exponent,
-        zero_point,
-        index,
-        bias,
-        bits,
-        zero_point_bits,
-        half_step,
-        group_size,
-    )
+        return packed_linear_row(*operands)
+    return packed_linear_op(*operands, group_size)

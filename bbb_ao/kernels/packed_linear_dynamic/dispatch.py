@@ -39,39 +39,9 @@ def packed_linear_dynamic(
     """
     if not 2 <= act_bits <= 8:
         raise ValueError(f"act_bits must be 2 to 8: found {act_bits}; use packed_linear for unquantized activations")
+    operands = (x, high, mid, low, scale, scale_exponent, zero_point, index, bias, bits, zero_point_bits, half_step)
     if takes_row_path(x, high, mid, low, bits, zero_point_bits, half_step, group_size):
         check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
         check_input(x, index, scale.shape[-1] * group_size)
-        return packed_linear_row(
-            x,
-            high,
-            mid,
-            low,
-            scale,
-            scale_exponent,
-            zero_point,
-            index,
-            bias,
-            bits,
-            zero_point_bits,
-            half_step,
-            act_bits,
-            act_half_step,
-        )
-    return packed_linear_dynamic_op(
-        x,
-        high,
-        mid,
-        low,
-        scale,
-        scale_exponent,
-        zero_point,
-        index,
-        bias,
-        bits,
-        zero_point_bits,
-        half_step,
-        group_size,
-        act_bits,
-        act_half_step,
-    )
+        return packed_linear_row(*operands, act_bits, act_half_step)
+    return packed_linear_dynamic_op(*operands, group_size, act_bits, act_half_step)

@@ -196,7 +196,7 @@ def _add_products(terms: list[tuple[Tensor, Tensor]], start: Tensor | None) -> T
     total = start
     for a, b in terms:
         total = a * b if total is None else fma(a, b, total)
-    assert total is not None
+    assert total is not None, "called with at least one term"
     return total
 
 

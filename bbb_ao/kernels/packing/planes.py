@@ -59,11 +59,11 @@ def unpack_planes(high: Tensor, mid: Tensor | None, low: Tensor | None, features
     codes = _unpack_plane(high, PAIR_BITS, features)
     if bits == 2:
         return codes
-    assert mid is not None
+    assert mid is not None, "check_planes found it"
     codes = (codes << 2) | _unpack_plane(mid, PAIR_BITS, features)
     if bits <= 4:
         return codes >> (4 - bits)
-    assert low is not None
+    assert low is not None, "check_planes found it"
     return ((codes << 4) | _unpack_plane(low, LOW_BITS, features)) >> (8 - bits)
 
 
