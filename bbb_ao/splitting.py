@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bbb_ao.kernels import PLANE_BLOCK
+
 
 def channel_metric(weights: Sequence[Tensor], activation_norm: Tensor | None = None) -> Tensor:
     """How much an input channel stands out: ||X_m||_2 * max_j |W_jm|, over all Linears that share the input.
@@ -46,7 +48,9 @@ def choose_index(metric: Tensor, ratio: float, group_size: int = 32) -> Tensor |
     """The stored columns for a split of about `ratio` of the channels, the highest metric first.
 
     The number of stored columns is the multiple of group_size nearest to (1 + ratio) * in_features, and duplicates fill
-    it: padding would cost the same bits. Ties are broken by channel number.
+    it: padding would cost the same bits. Where that is fine enough (in_features at least 16 blocks of 128 and divided
+    by 128) it is a multiple of 128, so that the last block of the planes is full and kernels need no tail. Ties are
+    broken by channel number.
 
     Args:
         metric: [in_features], finite.
@@ -60,7 +64,8 @@ def choose_index(metric: Tensor, ratio: float, group_size: int = 32) -> Tensor |
         raise ValueError("metric: expected one finite value for each input channel")
     channels = metric.numel()
     padded = -(-channels // group_size) * group_size
-    stored = max(padded, int((1 + ratio) * channels / group_size + 0.5) * group_size)
+    multiple = PLANE_BLOCK if channels % PLANE_BLOCK == 0 and channels >= 16 * PLANE_BLOCK else group_size
+    stored = max(padded, int((1 + ratio) * channels / multiple + 0.5) * multiple)
     if stored == channels:
         return None
     original = torch.arange(channels, dtype=torch.int32, device=metric.device)
@@ -137,5 +142,11 @@ def merge_channels(weight: Tensor, index: Tensor, in_features: int) -> Tensor:
 
 
 def expand_channels(x: Tensor, index: Tensor) -> Tensor:
-    """Activations of the stored columns: [..., in_features] -> [..., stored_features]; padding reads zero."""
-    return F.pad(x, (0, 1)).index_select(-1, index)
+    """Activations of the stored columns: [..., in_features] -> [..., stored_features]; padding reads zero.
+
+    Args:
+        index: as from `choose_index`: every channel once and in order, then duplicates and padding.
+    """
+    # Joined, not gathered as a whole: the gradient of a gather adds every channel by index, ten times as slow on a CPU.
+    tail = index[x.shape[-1] :]
+    return torch.cat([x, F.pad(x, (0, 1)).index_select(-1, tail)], -1)

@@ -25,10 +25,12 @@ from bbb_ao.kernels.fake_quantize import (
 from bbb_ao.kernels.packed_linear import dequantize_packed, packed_linear
 from bbb_ao.kernels.packed_linear_dynamic import packed_linear_dynamic
 from bbb_ao.kernels.packing import pack_codes, pack_planes, unpack_codes, unpack_planes
+from bbb_ao.kernels.packing.planes import BLOCK as PLANE_BLOCK
 
 __all__ = [
     "EXPONENT_MAX",
     "EXPONENT_MIN",
+    "PLANE_BLOCK",
     "decode_scale",
     "dequantize",
     "dequantize_packed",

@@ -141,7 +141,7 @@ def fit(
     """
     groups = trainable_groups(module, stage, recipe.train_norms)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     copies = CopiesRate(module, recipe.copies_lr_factor)
     steps = stage_steps(stage, count)
     history: list[Tensor] = []

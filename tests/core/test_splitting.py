@@ -201,6 +201,13 @@ def test_equal_metrics_are_split_in_channel_order() -> None:
     assert index[64:].tolist() == list(range(32))
 
 
+@pytest.mark.parametrize(("width", "stored"), [(2048, 2176), (4096, 4352), (1920, 2016), (2080, 2176)])
+def test_stored_columns_of_wide_layers_fill_blocks_of_128(width: int, stored: int) -> None:
+    index = choose_index(torch.ones(width), 0.05)
+    assert index is not None
+    assert index.numel() == stored
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
 def test_choose_index_refuses_ratios_out_of_range(ratio: float) -> None:
     with pytest.raises(ValueError, match="ratio"):
