@@ -49,6 +49,18 @@ def _times(dtype):
 
 
 @gluon.constexpr_function
+def _place(quarter, R):
+    """Bit of a byte at which the codes of a quarter lie."""
+    return R * (quarter // (R // 2))
+
+
+@gluon.constexpr_function
+def _factor(quarter, R, dtype):
+    """What the activation carries for the codes of a quarter."""
+    return 2.0 ** (64 - _place(quarter, R)) if dtype == gl.bfloat16 else 1.0
+
+
+@gluon.constexpr_function
 def _quad_layout(warps):
     """[warps, 16, 4]: rows r and r + 8 of column q in lane 4 * r + q, as the accumulator has columns 2q and 2q + 1."""
     warp_bases = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
@@ -56,31 +68,45 @@ def _quad_layout(warps):
     return gl.DistributedLinearLayout([[0, 8, 0]], lanes, warp_bases, [], [warps, 16, 4])
 
 
+@gluon.constexpr_function
+def _merge(mask, first_shift, second_shift):
+    """PTX: (first & mask) << first_shift | (second >> second_shift) & what that leaves."""
+    first = f"and.b32 t, $1, {mask:#010x}; shl.b32 t, t, {first_shift}; "
+    rest = ~(mask << first_shift) & 0xFFFFFFFF
+    return "{ .reg .b32 t, u; " + first + f"shr.b32 u, $2, {second_shift}; and.b32 u, u, {rest:#010x}; or.b32 $0, t, u; }}"
+
+
 @gluon.jit
-def _two_words(FIRST: gl.constexpr, a, b):
-    """PTX on pairs of 16-bit words of two planes."""
-    return gl.inline_asm_elementwise(FIRST, "=r,r,r", [a, b], dtype=gl.int16, is_pure=True, pack=2)
+def _join(a, b, MASK: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    merge: gl.constexpr = _merge(MASK, FIRST, SECOND)
+    return gl.inline_asm_elementwise(merge, "=r,r,r", [a, b], dtype=gl.int16, is_pure=True, pack=2)
 
 
 @gluon.jit
 def _assemble(high, mid, low_even, low_odd, R: gl.constexpr):
-    """Words of R-bit codes from words of the planes; see `packing.words`."""
+    """Words of R-bit codes from words of the planes, as `packing.words` has them."""
     if R == 2:
-        return (high,)
-    LOW_PAIR: gl.constexpr = "{ .reg .b32 t, u; and.b32 t, $1, 0x33333333; shl.b32 t, t, 2; and.b32 u, $2, 0x33333333; or.b32 $0, t, u; }"
-    even = _two_words(LOW_PAIR, high, mid)
-    HIGH_PAIR: gl.constexpr = "{ .reg .b32 t, u; and.b32 t, $1, 0xCCCCCCCC; shr.b32 u, $2, 2; and.b32 u, u, 0x33333333; or.b32 $0, t, u; }"
-    odd = _two_words(HIGH_PAIR, high, mid)
-    if R == 4:
-        return (even, odd)
-    LOWER: gl.constexpr = "{ .reg .b32 t, u; and.b32 t, $1, 0x0F0F0F0F; shl.b32 t, t, 4; and.b32 u, $2, 0x0F0F0F0F; or.b32 $0, t, u; }"
-    UPPER: gl.constexpr = "{ .reg .b32 t, u; and.b32 t, $1, 0xF0F0F0F0; shr.b32 u, $2, 4; and.b32 u, u, 0x0F0F0F0F; or.b32 $0, t, u; }"
-    return (
-        _two_words(LOWER, even, low_even),
-        _two_words(LOWER, odd, low_odd),
-        _two_words(UPPER, even, low_even),
-        _two_words(UPPER, odd, low_odd),
-    )
+        words = (high,)
+    else:
+        even = _join(high, mid, 0x33333333, 2, 0)
+        odd = _join(high, mid, 0xCCCCCCCC, 0, 2)
+        if R == 4:
+            words = (even, odd)
+        else:
+            words = (
+                _join(even, low_even, 0x0F0F0F0F, 4, 0),
+                _join(odd, low_odd, 0x0F0F0F0F, 4, 0),
+                _join(even, low_even, 0xF0F0F0F0, 0, 4),
+                _join(odd, low_odd, 0xF0F0F0F0, 0, 4),
+            )
+    return words
+
+
+@gluon.jit
+def _codes(words, x_ptr, HB: gl.constexpr, PLACE: gl.constexpr, MASK: gl.constexpr):
+    """The codes of one quarter in the low or high bytes of 16-bit words, read as x's type of float."""
+    dtype = x_ptr.dtype.element_ty
+    return gl.inline_asm_elementwise(_masked(HB, PLACE, MASK), "=r,r", [words], dtype=dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -118,16 +144,19 @@ def _load_scales(scale_ptr, zero_ptr, row, block, NB: gl.constexpr, ZB: gl.const
     return scale, zero
 
 
+@gluon.constexpr_function
+def _decode_pair(half):
+    """PTX: the two E4M3 numbers in one half of a 32-bit word as float32."""
+    convert = "cvt.rn.f16x2.e4m3x2 p, a; mov.b32 {c, d}, p; cvt.f32.f16 $0, c; cvt.f32.f16 $1, d; }"
+    return "{ .reg .b16 a, c, d; .reg .b32 s, p; shr.b32 s, $2, " + str(16 * half) + "; cvt.u16.u32 a, s; " + convert
+
+
 @gluon.jit
 def _group_factors(scale, zero, FIRST: gl.constexpr, SECOND: gl.constexpr, ZB: gl.constexpr, ZMUL: gl.constexpr,
                    ZADD: gl.constexpr, layout: gl.constexpr):
     """(scale, offset) of the groups FIRST and SECOND of each block, side by side: [warps, 16, 8] float32."""
-    DECODE: gl.constexpr = (
-        "{ .reg .b16 a, b, c, d; .reg .b32 s, p; shr.b32 s, $2, "
-        + str(16 * (FIRST // 2))
-        + "; cvt.u16.u32 a, s; cvt.rn.f16x2.e4m3x2 p, a; mov.b32 {c, d}, p; cvt.f32.f16 $0, c; cvt.f32.f16 $1, d; }"
-    )
-    even, odd = gl.inline_asm_elementwise(DECODE, "=f,=f,r", [scale], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
+    decode: gl.constexpr = _decode_pair(FIRST // 2)
+    even, odd = gl.inline_asm_elementwise(decode, "=f,=f,r", [scale], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
     if FIRST == SECOND:
         if FIRST % 2 == 0:
             odd = even
@@ -154,6 +183,78 @@ def _gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.conste
 
 
 @gluon.jit
+def _block_diagonal(x_ptr, index_ptr, block, diagonal, word, odd, in_features, NB: gl.constexpr, R: gl.constexpr,
+                    M: gl.constexpr, INDEXED: gl.constexpr):
+    """The second operands, in the order of the products: for each flush, half of a group, and group of a flush.
+
+    With one row of x a flush has two groups, in even and odd columns; with two rows it has one, for both rows.
+    """
+    dtype = x_ptr.dtype.element_ty
+    operands = ()
+    for flush in gl.static_range(2 * M):
+        for hb in gl.static_range(2):
+            if M == 1:
+                quarter = 2 * flush + odd
+                row = 0
+            else:
+                quarter = flush
+                row = odd
+            column = block * 128 + 32 * quarter + 16 * hb + word
+            x = _gather(x_ptr, index_ptr, row, column, diagonal & (block < NB), in_features, INDEXED)
+            for par in gl.static_range(3 - M):
+                factor = gl.full(x.shape, _factor(flush * (3 - M) + par, R, dtype), dtype, layout=x.type.layout)
+                if M == 1:
+                    factor = gl.where(odd == par, factor, 0.0)
+                operands = operands + (gl.inline_asm_elementwise(_times(dtype), "=r,r,r", [x, factor], dtype=dtype, is_pure=True, pack=2),)
+    return operands
+
+
+@gluon.jit
+def _group_sums(x_ptr, index_ptr, base, in_features, NB: gl.constexpr, M: gl.constexpr, INDEXED: gl.constexpr,
+                WARPS: gl.constexpr, UNITS: gl.constexpr, acc_layout: gl.constexpr):
+    """X of each flush's groups, in the accumulator's columns and units: tuple of [warps, 1, 8] float32."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    i = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    block = base + warp * 4 + column // 2
+    sums = ()
+    for flush in gl.static_range(2 * M):
+        if M == 1:
+            quarter = 2 * flush + column % 2
+            row = 0
+        else:
+            quarter = flush
+            row = column % 2
+        x = _gather(x_ptr, index_ptr, row, block * 128 + 32 * quarter + i, block + i * 0 < NB, in_features, INDEXED)
+        total = gl.sum(x.to(gl.float32), 2) * UNITS
+        sums = sums + (gl.convert_layout(total, gl.SliceLayout(1, acc_layout)).expand_dims(1),)
+    return sums
+
+
+@gluon.jit
+def _store(total, y_ptr, exponent_ptr, bias_ptr, first, N, R: gl.constexpr, M: gl.constexpr, EXPONENTS: gl.constexpr,
+           BIASED: gl.constexpr, UNIT: gl.constexpr):
+    """Sum one tile over columns and warps in a fixed order, scale, add the bias and write."""
+    if M == 1:
+        y = (gl.sum(gl.sum(total, 2), 0) * UNIT,)
+    else:
+        pairs = gl.sum(gl.sum(total.reshape([total.shape[0], 16, 4, 2]), 2), 0) * UNIT
+        y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
+    for m in gl.static_range(M):
+        rows = first + gl.arange(0, 16, layout=y[m].type.layout)
+        if EXPONENTS:
+            exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
+        else:
+            exponent = gl.load(exponent_ptr) + rows * 0
+        # 2**n as the bits of a float32.
+        value = y[m] * ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
+        if BIASED:
+            value += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+        gl.store(y_ptr + m * N + rows, value.to(y_ptr.dtype.element_ty), mask=rows < N)
+
+
+@gluon.jit
 def decode_kernel(x_ptr, high_ptr, mid_ptr, low_ptr, scale_ptr, exponent_ptr, zero_ptr, index_ptr, bias_ptr, y_ptr,
                   in_features, N, NB: gl.constexpr, R: gl.constexpr, MASK: gl.constexpr, H: gl.constexpr,
                   ZB: gl.constexpr, M: gl.constexpr, EXPONENTS: gl.constexpr, INDEXED: gl.constexpr,
@@ -165,22 +266,64 @@ def decode_kernel(x_ptr, high_ptr, mid_ptr, low_ptr, scale_ptr, exponent_ptr, ze
     q_layout: gl.constexpr = _quad_layout(WARPS)
     BF16: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
     # A subnormal bfloat16 counts 2**-133, a subnormal float16 2**-24.
-    UP: gl.constexpr = 2.0**64 if BF16 else 1.0
     UNITS: gl.constexpr = 2.0**-69 if BF16 else 2.0**-24
-    SETS: gl.constexpr = R // 2
     ITERATIONS: gl.constexpr = (NB + 4 * WARPS - 1) // (4 * WARPS)
     ZMUL: gl.constexpr = 2.0 ** (R - ZB) if ZB > 0 else 2.0 ** (R - 2)
     # Quad lane q, word e of its 16: two runs of 8 words, 64 bytes apart, so that a quad reads whole sectors.
     aw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None]
     an = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))[None, :, None]
     ak = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, a_layout)))[None, None, :]
-    a_block = ak % 16 // 8 * 2 + ak // 32
-    a_word = ak // 16 % 2 * 8 + ak % 8
+    a_run = ak // 8
+    a_block = a_run % 2 * 2 + a_run // 4
+    a_word = a_run // 2 % 2 * 8 + ak % 8
     bw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))[:, None, None]
     bk = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
     bc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
-    b_block = bk % 16 // 8 * 2 + bk // 32
-    b_word = bk // 16 % 2 * 8 + bk % 8
+    b_run = bk // 8
+    b_block = b_run % 2 * 2 + b_run // 4
+    b_word = b_run // 2 % 2 * 8 + bk % 8
     qw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, q_layout)))[:, None, None]
     qn = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, q_layout)))[None, :, None]
     qc = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, q_layout)))[None, None, :]
+    cc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, acc_layout)))[None, None, :]
+    first = gl.program_id(0) * 16 * TILES
+    zeros = gl.zeros([WARPS, 16, 8], gl.float32, layout=acc_layout)
+    totals = ()
+    for _ in gl.static_range(TILES):
+        totals = totals + (zeros,)
+    planes = _load_planes(high_ptr, mid_ptr, low_ptr, gl.minimum(first + an, N - 1), aw * 4 + a_block, a_word, NB, R)
+    packed = _load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), qw * 4 + qc, NB, ZB)
+    for it in gl.static_range(ITERATIONS):
+        base = it * WARPS * 4
+        b = _block_diagonal(x_ptr, index_ptr, base + bw * 4 + b_block, b_block == bc // 2, b_word, bc % 2, in_features, NB, R, M, INDEXED)
+        sums = _group_sums(x_ptr, index_ptr, base, in_features, NB, M, INDEXED, WARPS, UNITS, acc_layout)
+        added = ()
+        for tile in gl.static_range(TILES):
+            high, mid, even, odd = planes
+            scale, zero = packed
+            # The next tile's loads go out before this one's work.
+            if tile + 1 < TILES:
+                next_first = first + 16 * (tile + 1)
+                next_base = base
+            else:
+                next_first = first
+                next_base = base + 4 * WARPS
+            if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
+                planes = _load_planes(high_ptr, mid_ptr, low_ptr, gl.minimum(next_first + an, N - 1), next_base + aw * 4 + a_block, a_word, NB, R)
+                packed = _load_scales(scale_ptr, zero_ptr, gl.minimum(next_first + qn, N - 1), next_base + qw * 4 + qc, NB, ZB)
+            words = _assemble(high, mid, even, odd, R)
+            total = totals[tile]
+            for flush in gl.static_range(2 * M):
+                acc = zeros
+                for hb in gl.static_range(2):
+                    for par in gl.static_range(3 - M):
+                        a = _codes(words[(flush * (3 - M) + par) % (R // 2)], x_ptr, hb, _place(flush * (3 - M) + par, R), MASK)
+                        acc = mma_v2(a, b[(flush * 2 + hb) * (3 - M) + par], acc)
+                if not BF16:
+                    acc *= gl.where(cc % 2 == 0, 2.0 ** -_place(flush * (3 - M), R), 2.0 ** -_place(flush * (3 - M) + 2 - M, R))
+                s, z = _group_factors(scale, zero, flush * (3 - M), flush * (3 - M) + 2 - M, ZB, ZMUL, -H, acc_layout)
+                total += s * (acc - z * sums[flush])
+            added = added + (total,)
+        totals = added
+    for tile in gl.static_range(TILES):
+        _store(totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, M, EXPONENTS, BIASED, 1.0 / UNITS)

@@ -3,9 +3,13 @@
 They are separate tensors so that two bits read only their own bytes and a change of width copies nothing.
 
 Layout of a plane of b bits (b = 2 or 4, P = 8 / b codes a byte). Columns are cut into blocks of 128; the last block may
-have 32, 64 or 96. A block of L columns takes L / P bytes, and byte i of it holds, at bit position b * j, the code of
-column (L / P) * j + i. So one masked load of consecutive bytes yields consecutive columns, and in a full block every
-field j of the 2-bit planes is exactly one group of 32.
+have 32, 64 or 96. A block of L columns has four quarters and takes L / P bytes. With v, u = divmod(i, L / 4), byte i holds
+at bit position b * j the code of the column
+
+    (L / P) * j + (L / 4) * v + u // 2 + (L / 8) * (u % 2),
+
+so that the low bytes of consecutive 16-bit words are consecutive columns, and so are the high bytes. In a full block
+every field j of the 2-bit planes is exactly one group of 32.
 """
 
 import torch
@@ -106,7 +110,8 @@ def _split_fields(values: Tensor, fields: int) -> Tensor:
     parts = []
     for part, blocks in ((values[..., :whole], whole // BLOCK), (values[..., whole:], 1)):
         if part.shape[-1]:
-            parts.append(part.unflatten(-1, (blocks, fields, -1)).transpose(-3, -2).flatten(-2))
+            halves = part.unflatten(-1, (blocks, fields, 4 // fields, 2, -1))
+            parts.append(halves.transpose(-1, -2).transpose(-5, -4).flatten(-4))
     return torch.cat(parts, -1) if len(parts) != 1 else parts[0]
 
 
@@ -117,7 +122,8 @@ def _join_fields(fields: Tensor) -> Tensor:
     parts = []
     for part, blocks in ((fields[..., :whole], whole * per_byte // BLOCK), (fields[..., whole:], 1)):
         if part.shape[-1]:
-            parts.append(part.unflatten(-1, (blocks, -1)).transpose(-3, -2).flatten(-3))
+            words = part.unflatten(-1, (blocks, 4 // per_byte, -1, 2))
+            parts.append(words.transpose(-1, -2).transpose(-5, -4).flatten(-5))
     return torch.cat(parts, -1) if len(parts) != 1 else parts[0]
 
 

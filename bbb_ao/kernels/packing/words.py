@@ -5,7 +5,7 @@ the even and the odd 2-bit fields of high and mid taken apart, a pair of words b
 columns are those of two words of low, and with low four words of 8-bit codes. So at r bits there are S = r / 2 words
 for every word of high, and for a block of L columns, with field j at bit r * j of byte q of word w of set s,
 
-    column = (L / 4) * (S * j + s) + 4 * w + q.
+    column = (L / 4) * (S * j + s) + u // 2 + (L / 8) * (u % 2),   u = 4 * w + q.
 
 S * j + s is the quarter of the block. In a full block (L = 128, eight words of high) a quarter is one group of 32. In a
 shorter last block it is not; that one is read once for each of its groups, through the last words of a row, with an
@@ -153,11 +153,13 @@ def word_activation(layout: WordLayout) -> tuple[Tensor, Tensor]:
     """
     scales = torch.tensor([[layout.field_scale(k, q) for q in range(4)] for k in range(4)], device="cpu").unsqueeze(-1)
     whole, span = layout.blocks * BLOCK, layout.tail_groups * GRANULE // 4
-    # [..., quarter, lane, byte] -> [..., quarter, byte, lane]
-    full = torch.arange(whole, device="cpu").view(layout.blocks, 4, LANES, 4).transpose(-1, -2)
+    # [..., quarter, parity, half a quarter] -> [..., quarter, lane, byte] -> [..., quarter, byte, lane]
+    full = torch.arange(whole, device="cpu").view(layout.blocks, 4, 2, GRANULE // 2).transpose(-1, -2)
+    full = full.reshape(layout.blocks, 4, LANES, 4).transpose(-1, -2)
     word = torch.arange(layout.tail_lanes, device="cpu") - (layout.tail_lanes - span // 4)
     quarter, byte = torch.arange(4, device="cpu")[:, None, None], torch.arange(4, device="cpu")[:, None]
-    column = span * quarter + 4 * word + byte
+    place = 4 * word + byte
+    column = span * quarter + place.div(2, rounding_mode="floor") + span // 2 * (place % 2)
     group = torch.where(word >= 0, column.div(GRANULE, rounding_mode="floor"), -1)
     tail = [torch.where(group == g, whole + column, layout.features) for g in range(layout.tail_groups)]
     columns = torch.cat([full.flatten(), *(part.flatten() for part in tail)])
