@@ -1,0 +1,100 @@
+"""Every GPU test on an NVIDIA machine, then a memory checker over the tests marked `memcheck`.
+
+    . benchmarks/gpu_setup.sh; python benchmarks/gpu_tests.py [FOLDER]
+
+Writes gpu_tests.json (device, versions, commit, counts, seconds) and gpu_tests.log into FOLDER, which is $OUT or
+benchmarks/results where it is not given. compute-sanitizer does not run on every machine: where it cannot check a
+program that only touches the GPU, the summary says so and why, and the tests alone decide the exit status.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from graph_timing import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = [folder for folder in ("tests/gpu", "tests/kernels") if (ROOT / folder).is_dir()]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-p", "no:cacheprovider", "-rfE"]
+CHECKER = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86"]
+PROBE = [sys.executable, "-c", "import torch; print(torch.ones(3, device='cuda').sum().item())"]
+TEST_SECONDS, CHECKER_SECONDS, PROBE_SECONDS = 110, 45, 20
+# Compiling kernels takes most of the time, and every worker compiles its own.
+WORKERS = 8
+
+
+def run(command: list[str], seconds: float, log: Path, **variables: str) -> tuple[int, str, float]:
+    """(exit status, output, seconds); 124 where it ran out of time. The output is also added to `log`."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        caught = error.stdout or b""
+        status, output = 124, caught.decode(errors="replace") if isinstance(caught, bytes) else caught
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(command).replace(sys.executable, 'python')}\n{output}\nexit status {status}\n\n")
+    return status, output, round(time.monotonic() - start, 1)
+
+
+def counts(output: str) -> dict[str, int]:
+    """What pytest's last line says: passed, failed, skipped, ..."""
+    found = re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected|xfailed)", output)
+    return {kind: int(number) for number, kind in found}
+
+
+def check_memory(log: Path) -> dict[str, object]:
+    """compute-sanitizer over the tests marked `memcheck`, or why it cannot run."""
+    if shutil.which(CHECKER[0]) is None:
+        return {"ran": False, "reason": "compute-sanitizer is not installed"}
+    # Every allocation apart, so that a read past the end of one is seen.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    status, output, _ = run([*CHECKER, *PROBE], PROBE_SECONDS, log, **apart)
+    if status != 0 or "3.0" not in output:
+        lines = [line for line in output.splitlines() if "rror" in line or "not supported" in line]
+        return {"ran": False, "reason": lines[0].strip() if lines else f"the probe ended with status {status}"}
+    status, output, seconds = run([*CHECKER, *PYTEST, "-m", "memcheck", *SUITES], CHECKER_SECONDS, log, **apart)
+    summary = re.findall(r"ERROR SUMMARY: (\d+) error", output)
+    errors = int(summary[-1]) if summary else None
+    return {"ran": True, "status": status, "errors": errors, "seconds": seconds, **counts(output)}
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("gpu_tests: expected an NVIDIA GPU, found none", file=sys.stderr)
+        return 5
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "gpu_tests.log"
+    log.write_text("")
+    status, output, seconds = run([*PYTEST, "-n", str(WORKERS), "--durations=10", *SUITES], TEST_SECONDS, log)
+    print(output[-6000:], flush=True)
+    memory = check_memory(log)
+    summary = {
+        "tests": {"status": status, "seconds": seconds, **counts(output)},
+        "memcheck": memory,
+        **environment(0),
+    }
+    (folder / "gpu_tests.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    checked = not memory["ran"] or (memory["status"] == 0 and memory["errors"] == 0)
+    return int(status != 0 or not checked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
