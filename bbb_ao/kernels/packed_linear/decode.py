@@ -4,8 +4,8 @@ The product runs on tensor cores with the weight as the first operand, in mma.m1
 cheap, about 1.7 instructions for a 2-bit weight (counted in the machine code; a shift, a mask and a conversion for each
 code take 6.75):
 
-- A code is not converted. Masked in place, two codes of a 32-bit word are two 16-bit floats whose exponent field is 0 or
-  1, where floats are equally spaced: code * 2**place in units of the smallest subnormal. The tensor core multiplies
+- A code is not converted. Masked in place, two codes of a 32-bit word are two 16-bit floats whose exponent field is 0
+  or 1, where floats are equally spaced: code * 2**place in units of the smallest subnormal. The tensor core multiplies
   subnormal numbers exactly; the activation carries the missing power of two (bfloat16) or the sum does (float16).
 - A lane of each quad holds another block of 128 columns, and the second operand is block diagonal: its column c is the
   activation of block c // 2 and zero elsewhere. So the sums of eight groups come out as the eight columns of one
@@ -17,47 +17,22 @@ With c the codes, sum over the columns k of group g of x[k] * c[n, k] and X[g] =
 
     y[n] = 2**(exponent + 2 - R) * sum_g e4m3[n, g] * (sum_k x[k] * c[n, k] - (zeta[n, g] * 2**(R-2) - H) * X[g])
 
-R is the width of the container, 2, 4 or 8; a narrower code is its top bits, H = 2**(R - bits) / 2 on the half-step grid.
-Activations of a magnitude of 2**63 and more overflow in bfloat16.
+R is the width of the container, 2, 4 or 8; a narrower code is its top bits, and H = 2**(R - bits) / 2 on the half-step
+grid. Activations of a magnitude of 2**63 and more overflow in bfloat16.
 """
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-ROWS = 16  # of the weight, in one mma
-UNIT = 512  # columns that a warp takes at once: one block for each lane of a quad
-
-
-@gluon.constexpr_function
-def _masked(hb, place, mask):
-    """PTX: the codes at bit `place` of the low (hb = 0) or high bytes of two 16-bit words, left where they are."""
-    pair = (mask << place) * 0x00010001
-    shift = "shr.b32 t, $1, 8; and.b32 $0, t, " if hb else "and.b32 $0, $1, "
-    return "{ .reg .b32 t; " + shift + str(pair) + "; }"
-
-
-@gluon.constexpr_function
-def _times(dtype):
-    """PTX: product of two pairs of 16-bit floats."""
-    if dtype == gl.bfloat16:
-        # Compute capability 8.0 has no product of its own: a * b - 0.
-        return "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
-    return "mul.rn.f16x2 $0, $1, $2;"
-
-
-@gluon.constexpr_function
-def _place(quarter, R):
-    """Bit of a byte at which the codes of a quarter lie."""
-    return R * (quarter // (R // 2))
+from bbb_ao.kernels.packed_linear import ptx
+from bbb_ao.kernels.packed_linear.blocks import assemble, load_scales
 
 
 @gluon.constexpr_function
 def _factor(quarter, R, dtype):
     """What the activation carries for the codes of a quarter."""
-    return 2.0 ** (64 - _place(quarter, R)) if dtype == gl.bfloat16 else 1.0
+    return 2.0 ** (64 - ptx.place(quarter, R)) if dtype == gl.bfloat16 else 1.0
 
 
 @gluon.constexpr_function
@@ -68,45 +43,11 @@ def _quad_layout(warps):
     return gl.DistributedLinearLayout([[0, 8, 0]], lanes, warp_bases, [], [warps, 16, 4])
 
 
-@gluon.constexpr_function
-def _merge(mask, first_shift, second_shift):
-    """PTX: (first & mask) << first_shift | (second >> second_shift) & what that leaves."""
-    first = f"and.b32 t, $1, {mask:#010x}; shl.b32 t, t, {first_shift}; "
-    rest = ~(mask << first_shift) & 0xFFFFFFFF
-    return "{ .reg .b32 t, u; " + first + f"shr.b32 u, $2, {second_shift}; and.b32 u, u, {rest:#010x}; or.b32 $0, t, u; }}"
-
-
-@gluon.jit
-def _join(a, b, MASK: gl.constexpr, FIRST: gl.constexpr, SECOND: gl.constexpr):
-    merge: gl.constexpr = _merge(MASK, FIRST, SECOND)
-    return gl.inline_asm_elementwise(merge, "=r,r,r", [a, b], dtype=gl.int16, is_pure=True, pack=2)
-
-
-@gluon.jit
-def _assemble(high, mid, low_even, low_odd, R: gl.constexpr):
-    """Words of R-bit codes from words of the planes, as `packing.words` has them."""
-    if R == 2:
-        words = (high,)
-    else:
-        even = _join(high, mid, 0x33333333, 2, 0)
-        odd = _join(high, mid, 0xCCCCCCCC, 0, 2)
-        if R == 4:
-            words = (even, odd)
-        else:
-            words = (
-                _join(even, low_even, 0x0F0F0F0F, 4, 0),
-                _join(odd, low_odd, 0x0F0F0F0F, 4, 0),
-                _join(even, low_even, 0xF0F0F0F0, 0, 4),
-                _join(odd, low_odd, 0xF0F0F0F0, 0, 4),
-            )
-    return words
-
-
 @gluon.jit
 def _codes(words, x_ptr, HB: gl.constexpr, PLACE: gl.constexpr, MASK: gl.constexpr):
     """The codes of one quarter in the low or high bytes of 16-bit words, read as x's type of float."""
     dtype = x_ptr.dtype.element_ty
-    return gl.inline_asm_elementwise(_masked(HB, PLACE, MASK), "=r,r", [words], dtype=dtype, is_pure=True, pack=2)
+    return gl.inline_asm_elementwise(ptx.masked(HB, PLACE, MASK), "=r,r", [words], dtype=dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -128,35 +69,21 @@ def _load_planes(high_ptr, mid_ptr, low_ptr, row, block, offset, NB: gl.constexp
 
 
 @gluon.jit
-def _load_scales(scale_ptr, zero_ptr, row, block, NB: gl.constexpr, ZB: gl.constexpr):
-    """Packed scales and zero offsets of a block's four groups, [warps, 16, 4] int32."""
-    mask = block + row * 0 < NB
-    place = row * NB + block
-    scale = gl.load(scale_ptr.to(gl.pointer_type(gl.int32)) + place, mask=mask, other=0)
-    if ZB == 8:
-        zero = gl.load(zero_ptr.to(gl.pointer_type(gl.int32)) + place, mask=mask, other=0)
-    elif ZB == 4:
-        zero = gl.load(zero_ptr.to(gl.pointer_type(gl.int16)) + place, mask=mask, other=0).to(gl.int32)
-    elif ZB == 2:
-        zero = gl.load(zero_ptr + place, mask=mask, other=0).to(gl.int32)
-    else:
-        zero = scale
-    return scale, zero
-
-
-@gluon.constexpr_function
-def _decode_pair(half):
-    """PTX: the two E4M3 numbers in one half of a 32-bit word as float32."""
-    convert = "cvt.rn.f16x2.e4m3x2 p, a; mov.b32 {c, d}, p; cvt.f32.f16 $0, c; cvt.f32.f16 $1, d; }"
-    return "{ .reg .b16 a, c, d; .reg .b32 s, p; shr.b32 s, $2, " + str(16 * half) + "; cvt.u16.u32 a, s; " + convert
-
-
-@gluon.jit
-def _group_factors(scale, zero, FIRST: gl.constexpr, SECOND: gl.constexpr, ZB: gl.constexpr, ZMUL: gl.constexpr,
-                   ZADD: gl.constexpr, layout: gl.constexpr):
+def _group_factors(
+    scale,
+    zero,
+    FIRST: gl.constexpr,
+    SECOND: gl.constexpr,
+    ZB: gl.constexpr,
+    ZMUL: gl.constexpr,
+    ZADD: gl.constexpr,
+    layout: gl.constexpr,
+):
     """(scale, offset) of the groups FIRST and SECOND of each block, side by side: [warps, 16, 8] float32."""
-    decode: gl.constexpr = _decode_pair(FIRST // 2)
-    even, odd = gl.inline_asm_elementwise(decode, "=f,=f,r", [scale], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
+    decode: gl.constexpr = ptx.decode_pair(FIRST // 2)
+    even, odd = gl.inline_asm_elementwise(
+        decode, "=f,=f,r", [scale], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )
     if FIRST == SECOND:
         if FIRST % 2 == 0:
             odd = even
@@ -183,8 +110,19 @@ def _gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.conste
 
 
 @gluon.jit
-def _block_diagonal(x_ptr, index_ptr, block, diagonal, word, odd, in_features, NB: gl.constexpr, R: gl.constexpr,
-                    M: gl.constexpr, INDEXED: gl.constexpr):
+def _block_diagonal(
+    x_ptr,
+    index_ptr,
+    block,
+    diagonal,
+    word,
+    odd,
+    in_features,
+    NB: gl.constexpr,
+    R: gl.constexpr,
+    M: gl.constexpr,
+    INDEXED: gl.constexpr,
+):
     """The second operands, in the order of the products: for each flush, half of a group, and group of a flush.
 
     With one row of x a flush has two groups, in even and odd columns; with two rows it has one, for both rows.
@@ -205,13 +143,27 @@ def _block_diagonal(x_ptr, index_ptr, block, diagonal, word, odd, in_features, N
                 factor = gl.full(x.shape, _factor(flush * (3 - M) + par, R, dtype), dtype, layout=x.type.layout)
                 if M == 1:
                     factor = gl.where(odd == par, factor, 0.0)
-                operands = operands + (gl.inline_asm_elementwise(_times(dtype), "=r,r,r", [x, factor], dtype=dtype, is_pure=True, pack=2),)
+                operands = operands + (
+                    gl.inline_asm_elementwise(
+                        ptx.product(dtype), "=r,r,r", [x, factor], dtype=dtype, is_pure=True, pack=2
+                    ),
+                )
     return operands
 
 
 @gluon.jit
-def _group_sums(x_ptr, index_ptr, base, in_features, NB: gl.constexpr, M: gl.constexpr, INDEXED: gl.constexpr,
-                WARPS: gl.constexpr, UNITS: gl.constexpr, acc_layout: gl.constexpr):
+def _group_sums(
+    x_ptr,
+    index_ptr,
+    base,
+    in_features,
+    NB: gl.constexpr,
+    M: gl.constexpr,
+    INDEXED: gl.constexpr,
+    WARPS: gl.constexpr,
+    UNITS: gl.constexpr,
+    acc_layout: gl.constexpr,
+):
     """X of each flush's groups, in the accumulator's columns and units: tuple of [warps, 1, 8] float32."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
@@ -233,8 +185,19 @@ def _group_sums(x_ptr, index_ptr, base, in_features, NB: gl.constexpr, M: gl.con
 
 
 @gluon.jit
-def _store(total, y_ptr, exponent_ptr, bias_ptr, first, N, R: gl.constexpr, M: gl.constexpr, EXPONENTS: gl.constexpr,
-           BIASED: gl.constexpr, UNIT: gl.constexpr):
+def _store(
+    total,
+    y_ptr,
+    exponent_ptr,
+    bias_ptr,
+    first,
+    N,
+    R: gl.constexpr,
+    M: gl.constexpr,
+    EXPONENTS: gl.constexpr,
+    BIASED: gl.constexpr,
+    UNIT: gl.constexpr,
+):
     """Sum one tile over columns and warps in a fixed order, scale, add the bias and write."""
     if M == 1:
         y = (gl.sum(gl.sum(total, 2), 0) * UNIT,)
@@ -255,10 +218,31 @@ def _store(total, y_ptr, exponent_ptr, bias_ptr, first, N, R: gl.constexpr, M: g
 
 
 @gluon.jit
-def decode_kernel(x_ptr, high_ptr, mid_ptr, low_ptr, scale_ptr, exponent_ptr, zero_ptr, index_ptr, bias_ptr, y_ptr,
-                  in_features, N, NB: gl.constexpr, R: gl.constexpr, MASK: gl.constexpr, H: gl.constexpr,
-                  ZB: gl.constexpr, M: gl.constexpr, EXPONENTS: gl.constexpr, INDEXED: gl.constexpr,
-                  BIASED: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr):
+def decode_kernel(
+    x_ptr,
+    high_ptr,
+    mid_ptr,
+    low_ptr,
+    scale_ptr,
+    exponent_ptr,
+    zero_ptr,
+    index_ptr,
+    bias_ptr,
+    y_ptr,
+    in_features,
+    N,
+    NB: gl.constexpr,
+    R: gl.constexpr,
+    MASK: gl.constexpr,
+    H: gl.constexpr,
+    ZB: gl.constexpr,
+    M: gl.constexpr,
+    EXPONENTS: gl.constexpr,
+    INDEXED: gl.constexpr,
+    BIASED: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+):
     """y[m, n] for M = 1 or 2 rows of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 16)
@@ -292,10 +276,22 @@ def decode_kernel(x_ptr, high_ptr, mid_ptr, low_ptr, scale_ptr, exponent_ptr, ze
     for _ in gl.static_range(TILES):
         totals = totals + (zeros,)
     planes = _load_planes(high_ptr, mid_ptr, low_ptr, gl.minimum(first + an, N - 1), aw * 4 + a_block, a_word, NB, R)
-    packed = _load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), qw * 4 + qc, NB, ZB)
+    packed = load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), qw * 4 + qc, NB, NB, ZB)
     for it in gl.static_range(ITERATIONS):
         base = it * WARPS * 4
-        b = _block_diagonal(x_ptr, index_ptr, base + bw * 4 + b_block, b_block == bc // 2, b_word, bc % 2, in_features, NB, R, M, INDEXED)
+        b = _block_diagonal(
+            x_ptr,
+            index_ptr,
+            base + bw * 4 + b_block,
+            b_block == bc // 2,
+            b_word,
+            bc % 2,
+            in_features,
+            NB,
+            R,
+            M,
+            INDEXED,
+        )
         sums = _group_sums(x_ptr, index_ptr, base, in_features, NB, M, INDEXED, WARPS, UNITS, acc_layout)
         added = ()
         for tile in gl.static_range(TILES):
@@ -309,18 +305,39 @@ def decode_kernel(x_ptr, high_ptr, mid_ptr, low_ptr, scale_ptr, exponent_ptr, ze
                 next_first = first
                 next_base = base + 4 * WARPS
             if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
-                planes = _load_planes(high_ptr, mid_ptr, low_ptr, gl.minimum(next_first + an, N - 1), next_base + aw * 4 + a_block, a_word, NB, R)
-                packed = _load_scales(scale_ptr, zero_ptr, gl.minimum(next_first + qn, N - 1), next_base + qw * 4 + qc, NB, ZB)
-            words = _assemble(high, mid, even, odd, R)
+                planes = _load_planes(
+                    high_ptr,
+                    mid_ptr,
+                    low_ptr,
+                    gl.minimum(next_first + an, N - 1),
+                    next_base + aw * 4 + a_block,
+                    a_word,
+                    NB,
+                    R,
+                )
+                packed = load_scales(
+                    scale_ptr, zero_ptr, gl.minimum(next_first + qn, N - 1), next_base + qw * 4 + qc, NB, NB, ZB
+                )
+            words = assemble(high, mid, even, odd, R)
             total = totals[tile]
             for flush in gl.static_range(2 * M):
                 acc = zeros
                 for hb in gl.static_range(2):
                     for par in gl.static_range(3 - M):
-                        a = _codes(words[(flush * (3 - M) + par) % (R // 2)], x_ptr, hb, _place(flush * (3 - M) + par, R), MASK)
+                        a = _codes(
+                            words[(flush * (3 - M) + par) % (R // 2)],
+                            x_ptr,
+                            hb,
+                            ptx.place(flush * (3 - M) + par, R),
+                            MASK,
+                        )
                         acc = mma_v2(a, b[(flush * 2 + hb) * (3 - M) + par], acc)
                 if not BF16:
-                    acc *= gl.where(cc % 2 == 0, 2.0 ** -_place(flush * (3 - M), R), 2.0 ** -_place(flush * (3 - M) + 2 - M, R))
+                    acc *= gl.where(
+                        cc % 2 == 0,
+                        2.0 ** -ptx.place(flush * (3 - M), R),
+                        2.0 ** -ptx.place(flush * (3 - M) + 2 - M, R),
+                    )
                 s, z = _group_factors(scale, zero, flush * (3 - M), flush * (3 - M) + 2 - M, ZB, ZMUL, -H, acc_layout)
                 total += s * (acc - z * sums[flush])
             added = added + (total,)

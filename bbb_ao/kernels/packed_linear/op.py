@@ -1,7 +1,9 @@
 """torch.ops.bbb_ao.packed_linear: schema, default implementation (the reference) and shape function.
 
-A device's own kernel is added with `packed_linear_op.register_kernel(device_type)`.
+On NVIDIA GPUs `cuda` runs.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +66,14 @@ def _(
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, scale.shape[-1] * group_size)
     return x.new_empty(*x.shape[:-1], high.shape[0])
+
+
+@packed_linear_op.register_kernel("cuda")
+def _(*operands: Any) -> Tensor:
+    # Imported here: Triton is present on Linux only.
+    from bbb_ao.kernels.packed_linear.cuda import packed_linear_cuda
+
+    return packed_linear_cuda(*operands)
 
 
 packed_linear_op.register_autograd(backward_packed, setup_context=save_packed)

@@ -3,8 +3,8 @@
 They are separate tensors so that two bits read only their own bytes and a change of width copies nothing.
 
 Layout of a plane of b bits (b = 2 or 4, P = 8 / b codes a byte). Columns are cut into blocks of 128; the last block may
-have 32, 64 or 96. A block of L columns has four quarters and takes L / P bytes. With v, u = divmod(i, L / 4), byte i holds
-at bit position b * j the code of the column
+have 32, 64 or 96. A block of L columns has four quarters and takes L / P bytes. With v, u = divmod(i, L / 4), byte i
+holds at bit position b * j the code of the column
 
     (L / P) * j + (L / 4) * v + u // 2 + (L / 8) * (u % 2),
 

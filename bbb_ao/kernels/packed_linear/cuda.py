@@ -1,0 +1,267 @@
+"""The packed linear layer on an NVIDIA GPU: which kernel runs.
+
+The rule, with M rows of x:
+
+- `decode` for M of 1 or 2 (below compute capability 9.0 up to 8, two rows at a time);
+- `warpgroup` on compute capability 9.0 for M up to WARPGROUP_ROWS;
+- else the weight is dequantized once, by `dequantize`, and multiplied by the library.
+
+The first two take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
+bits and slices that need no rounding (the half-step grid, or every stored bit); other layers always take the third way.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from bbb_ao.kernels.packed_linear.decode import decode_kernel
+from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
+from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, dequantize_packed
+from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
+from bbb_ao.kernels.packed_linear.warpgroup import add_splits_kernel, matmul_kernel
+from bbb_ao.kernels.packed_row import expand_input
+from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
+
+GROUP_ROWS = 128  # of the weight in one program of `matmul_kernel`
+_GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+DECODE_ROWS = 2
+PAIRED_ROWS = 8
+WARPGROUP_ROWS = 1024
+ROW_TILES = (16, 32, 64, 128, 256)
+# For each row tile: programs that share a multiprocessor, and for that the registers of each thread at the start and of
+# the warps that multiply.
+PROGRAMS = {16: (3, 56, 72), 32: (2, 80, 104), 64: (2, 80, 104), 128: (1, 168, 240), 256: (1, 168, 240)}
+SHARED_BYTES = 227 * 1024
+# (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
+DECODE_SETTINGS: list[Settings] = [
+    (1, 4, 0),
+    (1, 8, 0),
+    (2, 4, 0),
+    (2, 8, 0),
+    (1, 2, 0),
+    (1, 16, 0),
+    (1, 8, 128),
+    (1, 16, 64),
+]
+
+
+def packed_linear_cuda(
+    x: Tensor,
+    high: Tensor,
+    mid: Tensor | None,
+    low: Tensor | None,
+    scale: Tensor,
+    scale_exponent: Tensor,
+    zero_point: Tensor | None,
+    index: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    zero_point_bits: int,
+    half_step: bool,
+    group_size: int,
+) -> Tensor:
+    """See `packed_linear`."""
+    features = scale.shape[-1] * group_size
+    check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
+    check_input(x, index, features)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
+    settings = (bits, zero_point_bits, half_step, group_size)
+    shape = (*x.shape[:-1], high.shape[0])
+    capability = torch.cuda.get_device_capability(x.device)
+    if not rows.shape[0] or not high.shape[0] or not fits_kernels(x.dtype, planes, features, settings, capability):
+        return dequantized_linear(x, planes, scales, index, bias, settings)
+    if rows.shape[0] <= DECODE_ROWS or (capability != (9, 0) and rows.shape[0] <= PAIRED_ROWS):
+        parts = [decode_linear(pair, planes, scales, index, bias, settings) for pair in rows.split(DECODE_ROWS)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+    if capability == (9, 0) and rows.shape[0] <= WARPGROUP_ROWS:
+        return warpgroup_linear(expand_input(rows, index), planes, scales, bias, settings).view(shape)
+    return dequantized_linear(x, planes, scales, index, bias, settings)
+
+
+def fits_kernels(
+    dtype: torch.dtype,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    features: int,
+    settings: tuple[int, int, bool, int],
+    capability: tuple[int, int],
+) -> bool:
+    """Whether `decode` and `warpgroup` take this layer; the rule stands above."""
+    bits, zero_point_bits, half_step, group_size = settings
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and group_size == GRANULE
+        and features > 0
+        and features % BLOCK == 0
+        and zero_point_bits in (0, 2, 4, 8)
+        and (half_step or bits >= stored_bits(*planes[1:]))
+        and all(plane is None or plane.is_contiguous() for plane in planes)
+        and capability >= (8, 0)
+    )
+
+
+def dequantized_linear(
+    x: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    index: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+) -> Tensor:
+    """The weight dequantized once, then the library's product."""
+    if x.dtype == torch.float64 or settings[1] not in ZERO_POINT_WIDTHS:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight = dequantize_packed(*planes, *scales, *settings, dtype).to(x.dtype)
+    else:
+        contiguous = [plane if plane is None else plane.contiguous() for plane in (*planes, *scales)]
+        weight = dequantize_dense(*contiguous, *settings, x.dtype)  # type: ignore[arg-type]
+    return F.linear(expand_input(x, index), weight, bias)
+
+
+def _codes(
+    planes: tuple[Tensor, Tensor | None, Tensor | None], settings: tuple[int, int, bool, int]
+) -> dict[str, float]:
+    """Container of the codes, the bits of it that count, and half a step in its units."""
+    bits, _, half_step, _ = settings
+    container = next(width for width in (2, 4, 8) if width >= bits)
+    mask = (2**bits - 1) << (container - bits)
+    return {"R": container, "MASK": mask, "H": 2.0 ** (container - bits) / 2 if half_step else 0.0, "ZB": settings[1]}
+
+
+def _pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales: tuple[Tensor, Tensor, Tensor | None]):
+    """Kernel arguments, with some pointer in the place of what is absent and not read."""
+    high, mid, low = planes
+    scale, exponent, zero_point = scales
+    return (
+        high,
+        high if mid is None else mid,
+        high if low is None else low,
+        scale.contiguous(),
+        exponent,
+        scale if zero_point is None else zero_point.contiguous(),
+    )
+
+
+def decode_linear(
+    rows: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    index: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+) -> Tensor:
+    """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features]."""
+    features, count = planes[0].shape[1] * 4, planes[0].shape[0]
+    y = rows.new_empty(rows.shape[0], count)
+    codes = _codes(planes, settings)
+    arguments = (rows, *_pointers(planes, scales), rows if index is None else index, rows if bias is None else bias, y)
+
+    def run(choice: Settings) -> None:
+        tiles, warps, registers = choice
+        decode_kernel[(triton.cdiv(count, 16 * tiles),)](
+            *arguments,
+            rows.shape[1],
+            count,
+            NB=features // BLOCK,
+            **codes,
+            M=rows.shape[0],
+            EXPONENTS=scales[1].dim() == 1,
+            INDEXED=index is not None,
+            BIASED=bias is not None,
+            TILES=tiles,
+            WARPS=warps,
+            num_warps=warps,
+            **({"maxnreg": registers} if registers else {}),
+        )
+
+    key = f"decode {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
+    with torch.cuda.device(rows.device):
+        run(settings_for(key, DECODE_SETTINGS, run, rows.get_device()))
+    return y
+
+
+def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
+    """Candidates (rows of x for each program, splits of the columns), the likeliest first."""
+    fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
+    choices = []
+    for size in sorted(fitting, reverse=True)[:2] if rows > 64 else fitting[-1:]:
+        programs = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size)
+        # A program or two for each multiprocessor, and two blocks for each program at least.
+        wanted = min(PROGRAMS[size][0] * multiprocessors / programs, features // BLOCK / 2)
+        splits = [n for n in (1, 2, 3, 4, 6, 8) if wanted / 3 < n < 3 * wanted] or [1]
+        choices += [(size, n) for n in sorted(splits, key=lambda n: abs(n - wanted))]
+    return choices
+
+
+def pipeline_stages(size: int, container: int) -> int:
+    """Blocks of activations and planes that fit into a program's share of the shared memory."""
+    turned = min(64 * size * 8, 33 * 1024)  # where y is turned round before it is written
+    block = size * 2 * BLOCK + GROUP_ROWS * 32 * (container // 2)
+    return max(2, min(6, (SHARED_BYTES // PROGRAMS[size][0] - turned - 1024) // block))
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def warpgroup_linear(
+    columns: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+) -> Tensor:
+    """Any number of rows, [M, K] contiguous, through `matmul_kernel`: [M, out_features]."""
+    rows, features = columns.shape
+    count = planes[0].shape[0]
+    y = columns.new_empty(rows, count)
+    codes = _codes(planes, settings)
+    pointers = _pointers(planes, scales)
+
+    words = [plane.view(torch.int16) for plane in pointers[:3]]
+    word_layout = gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)
+    words = [TensorDescriptor.from_tensor(plane, [64, 16], word_layout) for plane in words]
+
+    def run(choice: Settings) -> None:
+        size, splits = choice
+        _, most, registers = PROGRAMS[size]
+        layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
+        grid = (triton.cdiv(count, GROUP_ROWS), triton.cdiv(rows, size), splits)
+        parts = y if splits == 1 else columns.new_empty(splits, rows, count, dtype=torch.float32)
+        finish = {"R": codes["R"], "EXPONENTS": scales[1].dim() == 1, "BIASED": bias is not None}
+        matmul_kernel[grid](
+            TensorDescriptor.from_tensor(columns, [size, BLOCK // 2], layout),
+            *words,
+            *pointers[3:],
+            columns if bias is None else bias,
+            parts,
+            rows,
+            count,
+            features // BLOCK,
+            splits,
+            **(codes | finish),
+            BM=size,
+            STAGES=pipeline_stages(size, int(codes["R"])),
+            SPLIT=splits > 1,
+            REGISTERS=registers,
+            num_warps=4,
+            maxnreg=most,
+        )
+        if splits > 1:
+            places = (triton.cdiv(count, 1024), rows)
+            operands = (parts, scales[1], columns if bias is None else bias, y, rows, count)
+            add_splits_kernel[places](*operands, **finish, SPLITS=splits, BLOCK=1024)
+
+    device = columns.get_device()
+    candidates = warpgroup_settings(rows, count, features, _multiprocessors(device))
+    bucket = next(size for size in (16, 32, 64, 128, 256, 512, WARPGROUP_ROWS) if size >= rows)
+    key = f"warpgroup {count}x{features} {codes['R']} bits, {bucket} rows"
+    with torch.cuda.device(columns.device):
+        run(settings_for(key, candidates, run, device))
+    return y

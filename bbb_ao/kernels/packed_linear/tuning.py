@@ -1,0 +1,74 @@
+"""Launch settings of the kernels: shipped for measured devices, else measured on first use and kept in a cache folder.
+
+A table is JSON: {"kernel shape": [settings]}. The shipped ones lie in `tuned/<device name>.json`; the cache is
+`$BBB_AO_CACHE` or `~/.cache/bbb_ao`, one file for each device name. While a CUDA graph is captured nothing can be
+measured: an unknown shape then takes the first candidate, without keeping it; so it does with BBB_AO_TUNING=off.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import triton.testing
+
+SHIPPED = Path(__file__).parent / "tuned"
+Settings = tuple[int, ...]
+
+
+def cache_folder() -> Path:
+    """Where measured settings are kept."""
+    return Path(os.environ.get("BBB_AO_CACHE") or Path.home() / ".cache" / "bbb_ao")
+
+
+def device_name(index: int) -> str:
+    """The GPU's name as a file name, such as NVIDIA_H200."""
+    return torch.cuda.get_device_name(index).replace(" ", "_").replace("/", "_")
+
+
+@cache
+def _table(device: str) -> dict[str, Settings]:
+    """Known settings: the shipped ones, then those of the cache."""
+    known: dict[str, Settings] = {}
+    for path in (SHIPPED / f"{device}.json", cache_folder() / f"{device}.json"):
+        if path.is_file():
+            known |= {key: tuple(value) for key, value in json.loads(path.read_text()).items()}
+    return known
+
+
+def settings_for(key: str, candidates: Sequence[Settings], run: Callable[[Settings], object], device: int) -> Settings:
+    """The fastest settings for `key`.
+
+    Args:
+        key: kernel and shape.
+        candidates: settings to choose from; the first is taken where nothing can be measured.
+        run: one launch with given settings, on operands of this shape.
+        device: index of the GPU.
+    """
+    name = device_name(device)
+    table = _table(name)
+    if key in table:
+        return table[key]
+    if os.environ.get("BBB_AO_TUNING") == "off" or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    # Milliseconds; the L2 cache is emptied before each launch.
+    bench = partial(triton.testing.do_bench, warmup=2, rep=10, return_mode="median")
+    table[key] = min(candidates, key=lambda each: bench(partial(run, each)))
+    _keep(name, key, table[key])
+    return table[key]
+
+
+def _keep(device: str, key: str, settings: Settings) -> None:
+    """Add one entry to the cache; a folder that cannot be written costs only the measurement next time."""
+    path = cache_folder() / f"{device}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        known[key] = settings
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        partial.write_text(json.dumps(known, indent=0))
+        partial.replace(path)
+    except OSError:
+        return
