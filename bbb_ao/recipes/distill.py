@@ -48,8 +48,10 @@ def train_model_stage(
     student.to(device).eval()
     factors = stage.loss_weights or (1.0,) * len(stage.widths)
 
-    def loss_of(rows: Tensor) -> Tensor:
-        ids = sequences[rows].to(device)
+    def load(rows: Tensor) -> tuple[Tensor, ...]:
+        return (sequences[rows].to(device),)
+
+    def loss_of(ids: Tensor) -> Tensor:
         with torch.no_grad(), autocast(device):
             target = teacher(ids, use_cache=False).logits
         total = torch.zeros((), device=device)
@@ -63,7 +65,7 @@ def train_model_stage(
         return total
 
     try:
-        return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step)
+        return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step, load)
     finally:
         set_training_bits(student, stage.widths[-1], stage.act_bits)
         student.requires_grad_(False).to("cpu")
