@@ -127,7 +127,9 @@ def hard_weight(seed: int, rows: int, groups: int, group_size: int, magnitude: f
     for number in range(rows * groups):
         row, column = divmod(number, groups)
         w[row, column] = kinds[(number + seed) % len(kinds)](w[row, column])
-    return (w * magnitude).flatten(1)
+    # Scales over the whole range of E4M3, its subnormal numbers and what lies below.
+    spread = torch.rand(rows, groups, 1, generator=torch.Generator().manual_seed(seed))
+    return (w * 2.0 ** (-40 * (spread - 0.5).clamp(min=0)) * magnitude).flatten(1)
 
 
 def gradient_bound(upstream: Tensor, group_size: int) -> Tensor:
