@@ -216,7 +216,7 @@ def show_kernels(step: Callable[[], Any], title: str) -> None:
         step()
         torch.cuda.synchronize()
     print(f"-- {title}: two steps")
-    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=60))
+    print(found.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=60))
 
 
 def project(rows: list[dict[str, Any]], model: str, split: str) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from bbb_ao.kernels.fake_quantize import triton_kernels
 
 # Untyped: without Triton at hand, a type checker sees plain functions, which take no launch grid.
 kernels: Any = triton_kernels
-# Elements of a program's tile: 16 a thread, so that the backward pass keeps everything in registers.
+# Elements of a program's tile, and its warps: 16 elements a thread, which the backward pass keeps in registers.
 TILE = 2048
+WARPS = 4
 
 
 class Settings(NamedTuple):
@@ -69,6 +70,7 @@ def _arguments(x: Tensor, settings: Settings) -> tuple[tuple[int], dict[str, int
         "BLOCK": block,
         # Fused multiply-adds round once where the reference rounds twice.
         "enable_fp_fusion": False,
+        "num_warps": WARPS,
     }
     return (rows * tiles,), {"groups": groups, "tiles": tiles, "kept": x.shape[-1] - settings.padding}, constants
 
@@ -84,7 +86,17 @@ def largest_scales(x: Tensor, settings: Settings) -> Tensor:
     largest = torch.zeros(row_count(x, settings), dtype=torch.int32, device=x.device)
     if settings.e4m3 and x.numel():
         grid, sizes, constants = _arguments(x, settings)
-        named = ("SPAN", "HALF", "SYMMETRIC", "ACTIVATION", "GROUP", "COLUMNS", "BLOCK", "enable_fp_fusion")
+        named = (
+            "SPAN",
+            "HALF",
+            "SYMMETRIC",
+            "ACTIVATION",
+            "GROUP",
+            "COLUMNS",
+            "BLOCK",
+            "enable_fp_fusion",
+            "num_warps",
+        )
         kernels.largest_scale_kernel[grid](
             x, largest, sizes["groups"], sizes["tiles"], **{name: constants[name] for name in named}
         )
