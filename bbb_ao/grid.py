@@ -12,7 +12,8 @@ from bbb_ao.kernels import (
     dequantize,
     derive_scale,
     encode_scale,
-    fake_quantize,
+    fake_quantize_closed_form,
+    fake_quantize_given,
     quantize,
     round_scale,
     round_zero_point,
@@ -88,13 +89,18 @@ def check_bits(bits: int, what: str = "bits", lowest: int = 2) -> int:
     return bits
 
 
-def group(weight: Tensor, group_size: int) -> Tensor:
-    """[out_features, in_features] -> [out_features, in_features // group_size, group_size], a view where possible."""
+def check_groups(weight: Tensor, group_size: int) -> None:
+    """Refuse, with a ValueError, what is no matrix of whole groups."""
     if weight.dim() != 2 or weight.shape[1] % group_size:
         raise ValueError(
             f"group_size must divide in_features of a matrix: {group_size} against shape {tuple(weight.shape)}; "
             "pad in_features with zeros first"
         )
+
+
+def group(weight: Tensor, group_size: int) -> Tensor:
+    """[out_features, in_features] -> [out_features, in_features // group_size, group_size], a view where possible."""
+    check_groups(weight, group_size)
     return weight.unflatten(1, (-1, group_size))
 
 
@@ -124,16 +130,34 @@ def round_learned(scale: Tensor, zero_point: Tensor, grid: Grid) -> tuple[Tensor
     return scale, round_zero_point(zero_point, grid.zero_point_bits)
 
 
-def fake_quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, grid: Grid) -> Tensor:
+def fake_quantize_weight(
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bits: int,
+    grid: Grid,
+    *,
+    detach_scales: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """The weight as its `bits`-wide slice will be dequantized, with a straight-through gradient.
 
     Args:
-        weight: [out_features, in_features]; scale, zero_point: [out_features, groups], already rounded.
+        weight: [out_features, in_features].
+        scale, zero_point: [out_features, groups], already rounded; None for both takes `scale_and_zero_point(weight)`.
+        detach_scales: scales in closed form pass no gradient.
+        dtype: of the result; None takes weight's.
     Returns:
-        weights of the same shape and dtype.
+        weights of the same shape.
     """
-    groups = group(weight, grid.group_size)
-    return fake_quantize(groups, scale, zero_point, bits, grid.half_step, grid.parent_bits).flatten(1).to(weight.dtype)
+    check_groups(weight, grid.group_size)
+    kind, size, parent = grid.half_step, grid.group_size, grid.parent_bits
+    if scale is None or zero_point is None:
+        e4m3 = grid.scale_format == "e4m3"
+        return fake_quantize_closed_form(
+            weight, bits, kind, grid.zero_point_bits, e4m3, size, parent, detach_scales, dtype
+        )
+    return fake_quantize_given(weight, scale, zero_point, bits, kind, size, parent, dtype)
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> QuantizedWeight:

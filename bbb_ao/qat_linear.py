@@ -131,6 +131,12 @@ class QATLinear(nn.Linear):
             return round_learned(self.scale, self.zero_point, self.grid)
         return scale_and_zero_point(self.weight.detach() if self.detach_scales else self.weight, self.grid)
 
+    def _fake_quantized(self, bits: int) -> FakeQuantTensor:
+        """The weight at `bits`; learned scales rounded, while those in closed form are left to the fused kernels."""
+        scales = (None, None) if self.scale is None else self.rounded_scales()
+        operands = (self.weight, bits, self.act_bits, self.grid, self.padding, self.detach_scales, *scales)
+        return FakeQuantTensor(*operands)
+
     def forward(self, input: Tensor) -> Tensor:
         x = input
         if self.ocs_index is not None and self.expands_input:
@@ -140,9 +146,7 @@ class QATLinear(nn.Linear):
                 x = fake_quantize_activation(x, self.act_bits, self.grid.group_size, self.grid.kind, self.padding)
             y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         else:
-            scale, zero_point = self.rounded_scales()
-            weight = FakeQuantTensor(self.weight, scale, zero_point, self.bits, self.act_bits, self.grid, self.padding)
-            y = F.linear(x, weight, self.bias)
+            y = F.linear(x, self._fake_quantized(self.bits), self.bias)
         return y if self.out_index is None else expand_channels(y, self.out_index)
 
     def merged_weight(self, bits: int | None = None) -> Tensor:
@@ -150,8 +154,7 @@ class QATLinear(nn.Linear):
         with torch.no_grad():
             weight: Tensor = self.weight
             if bits is not None:
-                scale, zero_point = self.rounded_scales()
-                weight = FakeQuantTensor(weight, scale, zero_point, bits, None, self.grid, 0).dequantize()
+                weight = self._fake_quantized(bits).dequantize()
             return weight if self.ocs_index is None else merge_channels(weight, self.ocs_index, self.in_features)
 
     def extra_repr(self) -> str:

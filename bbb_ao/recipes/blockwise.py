@@ -113,8 +113,10 @@ def train_block_stage(
         student = student_model.get_submodule(name).to(run.device)
         run_teacher = partial(run.run, call, teacher)
         following = run.behind(number, teacher_stream, teacher)
-        loss_of = _block_loss(run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs)
-        fits.append(fit(student.eval(), stage, run.recipe, len(run.sequences), loss_of, seed + number, name, on_step))
+        load, loss_of = _block_loss(run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs)
+        fits.append(
+            fit(student.eval(), stage, run.recipe, len(run.sequences), loss_of, seed + number, name, on_step, load)
+        )
         if number + 1 < len(run.names):
             for width in streams:
                 set_training_bits(student, *width)
@@ -139,27 +141,29 @@ def _block_loss(
     leaving: Stream,
     streams: dict[tuple[int | None, int | None], Stream],
     inputs: list[tuple[int | None, int | None]],
-) -> Callable[[Tensor], Tensor]:
-    """The loss of a micro-batch of sequence numbers, summed over the stage's widths with their weights."""
+) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[..., Tensor]]:
+    """What a batch reads, and the loss of it, summed over the stage's widths with their weights."""
     own_inputs = run.recipe.target_stream == "student"
     change = _mean_change(entering, leaving, run.micro_batch)
     factors = stage.loss_weights or (1.0,) * len(stage.widths)
-    snapshot = {width: streams[width] for width in inputs}
+    active = [chosen for chosen in zip(stage.widths, inputs, factors, strict=True) if chosen[2] != 0]
+    sources = list(dict.fromkeys(source for _, source, _ in active))
+    read = [streams[source] for source in sources] + ([] if own_inputs else [leaving])
 
-    def loss_of(rows: Tensor) -> Tensor:
-        shared = None if own_inputs else leaving.read(rows, run.device)
+    def load(rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(stream.read(rows, run.device) for stream in read)
+
+    def loss_of(*states: Tensor) -> Tensor:
         total = torch.zeros((), device=run.device)
-        for width, source, factor in zip(stage.widths, inputs, factors, strict=True):
-            if factor == 0:
-                continue
-            hidden = snapshot[source].read(rows, run.device)
+        for width, source, factor in active:
+            hidden = states[sources.index(source)]
             with torch.no_grad():
-                target = teacher(hidden) if shared is None else shared
+                target = teacher(hidden) if own_inputs else states[-1]
             set_training_bits(student, width, stage.act_bits)
             total = total + factor * (run.run(call, student, hidden) - target).square().mean() / change
         return total
 
-    return loss_of
+    return load, loss_of
 
 
 def _mean_change(entering: Stream, leaving: Stream, size: int) -> float:

@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bbb_ao.errors import NumericsError
 from bbb_ao.qat_linear import QATLinear, qat_linears
+from bbb_ao.recipes.replay import Recorded
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.splitting import split_mask
 
@@ -110,11 +112,62 @@ class CopiesRate:
 
 @dataclass(frozen=True)
 class Fit:
-    """Result of one training loop: the loss of the first and of the last tenth of the steps (means), and the steps."""
+    """Result of one training loop.
+
+    Attributes:
+        first_loss, last_loss: means over the first and the last tenth of the steps.
+        steps: optimizer steps.
+        how: "recorded" where steps were replayed as a CUDA graph, else "eager: " and the reason; see `replay`.
+    """
 
     first_loss: float
     last_loss: float
     steps: int
+    how: str
+
+
+def make_optimizer(groups: list[dict]) -> torch.optim.AdamW:
+    """AdamW without weight decay over groups with their `peak` learning rates.
+
+    On a GPU it is fused (one pass over memory, no copies) and its learning rates are tensors, so that a recorded step
+    sees them change.
+    """
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
+    for group in groups:
+        group["lr"] = torch.tensor(group["peak"], device=device) if on_gpu else group["peak"]
+    return torch.optim.AdamW(
+        groups, betas=(0.9, 0.95), weight_decay=0.0, **({"fused": True, "capturable": True} if on_gpu else {})
+    )
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to its peak times `factor`."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["peak"] * factor)
+        else:
+            group["lr"] = group["peak"] * factor
+
+
+def update(
+    optimizer: torch.optim.Optimizer, copies: CopiesRate, recipe: Recipe, loss_of: Callable[..., Tensor], *batch: Tensor
+) -> Tensor:
+    """One optimizer step on a batch, in micro-batches; the mean loss before it, a scalar on the device."""
+    optimizer.zero_grad(set_to_none=True)
+    size = len(batch[0])
+    losses = []
+    for part in zip(*(tensor.split(recipe.micro_batch or size) for tensor in batch), strict=True):
+        loss = loss_of(*part) * (len(part[0]) / size)
+        loss.backward()
+        losses.append(loss.detach())
+    if recipe.gradient_clip is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip)
+    before = copies.before()
+    optimizer.step()
+    copies.after(before)
+    return torch.stack(losses).sum()
 
 
 def fit(
@@ -122,45 +175,36 @@ def fit(
     stage: Stage,
     recipe: Recipe,
     count: int,
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: Callable[..., Tensor],
     seed: int,
     where: str,
     on_step: Callable[[int, int, Callable[[], float]], None] | None = None,
+    load: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Fit:
     """Train `module` for one stage with AdamW (no weight decay), gradient clipping and the stage's schedule.
 
     Args:
         count: calibration sequences.
-        loss_of: mean loss of a micro-batch of sequence numbers; its gradient is accumulated over a batch.
+        loss_of: mean loss of a micro-batch of what `load` gave; its gradient is accumulated over a batch.
         seed: of the order of the sequences.
         where: names the module in errors.
         on_step: called with (step, steps, loss) after every step; `loss()` reads the last loss back from the device.
+        load: what `loss_of` reads for a batch of sequence numbers, each [batch, ...]; on a GPU such a step is recorded
+            (see `replay`). None: the sequence numbers themselves.
     Raises:
         NumericsError: a loss, or at the end a parameter, that is NaN or infinite; the message names `where` and the
             step (from 1).
     """
     groups = trainable_groups(module, stage, recipe.train_norms)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    copies = CopiesRate(module, recipe.copies_lr_factor)
+    optimizer = make_optimizer(groups)
     steps = stage_steps(stage, count)
+    copies = CopiesRate(module, recipe.copies_lr_factor)
+    recorded = Recorded(partial(update, optimizer, copies, recipe, loss_of), steps)
     history: list[Tensor] = []
     for step, rows in enumerate(batches(count, stage.batch_size, steps, seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate_factor(step, steps, recipe.warmup)
-        optimizer.zero_grad(set_to_none=True)
-        parts = rows.split(recipe.micro_batch or len(rows))
-        losses = []
-        for part in parts:
-            loss = loss_of(part) * (len(part) / len(rows))
-            loss.backward()
-            losses.append(loss.detach())
-        if recipe.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip)
-        before = copies.before()
-        optimizer.step()
-        copies.after(before)
-        history.append(torch.stack(losses).sum())
+        set_learning_rates(optimizer, learning_rate_factor(step, steps, recipe.warmup))
+        history.append(recorded(*((rows,) if load is None else load(rows))))
         # Reading the loss waits for the device, so divergence is looked for now and then.
         if step % 50 == 49 or step == steps - 1:
             _check_finite(history[-50:], step, where)
@@ -172,7 +216,7 @@ def fit(
     _check_finite([torch.stack([p.detach().float().norm() for p in parameters]).sum()], steps - 1, where, "a weight")
     values = torch.stack(history).float().cpu()
     tenth = max(1, steps // 10)
-    return Fit(values[:tenth].mean().item(), values[-tenth:].mean().item(), steps)
+    return Fit(values[:tenth].mean().item(), values[-tenth:].mean().item(), steps, recorded.how)
 
 
 def _check_finite(values: list[Tensor], step: int, where: str, what: str = "the loss") -> None:

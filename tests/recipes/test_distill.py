@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bbb_ao.errors import NumericsError
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import qat_linears, set_training_bits
-from bbb_ao.recipes.distill import divergence, train_model_stage
+from bbb_ao.recipes.distill import divergence, train_model_stage, usual_masks
 from bbb_ao.recipes.prepare import prepare_student
 from bbb_ao.recipes.stages import Stage
 
@@ -66,6 +66,35 @@ def pairs(make_model, make_recipe):
         prepare_student(student, make_recipe(split=None), None)
         found[name] = (model, student)
     return found
+
+
+def test_blocks_get_the_masks_of_an_ordinary_call(pairs, ids, monkeypatch):
+    """While a graph is recorded, transformers takes itself to be traced and builds masks that it else leaves out."""
+    seen = []
+    models = copy.deepcopy(pairs["llama"])
+    handles = [
+        block.register_forward_pre_hook(lambda b, a, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+        for model in models
+        for _, block in find_blocks(model)
+    ]
+    usual = [model(ids, use_cache=False).logits for model in models]
+    assert seen == [None] * 4
+    with usual_masks(*models, ids[:1]):
+        for handle in handles:
+            handle.remove()
+        after = []
+        for model in models:
+            for _, block in find_blocks(model):
+                block.register_forward_pre_hook(
+                    lambda b, a, kwargs: after.append(kwargs["attention_mask"]), with_kwargs=True
+                )
+        monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *tensors: True)
+        traced = [model(ids, use_cache=False).logits for model in models]
+    assert after == [None] * 4
+    for one, other in zip(usual, traced, strict=True):
+        assert torch.equal(one, other)
+    models[0](ids, use_cache=False)
+    assert after[-1] is not None, "the hooks are gone"
 
 
 def kl(teacher, student, ids, bits):

@@ -141,6 +141,7 @@ def test_the_loss_falls_and_steps_are_reported(make_recipe):
         linear, stage, make_recipe(micro_batch=None), 24, regression(linear), 0, "x", lambda *a: seen.append(a)
     )
     assert result.steps == 60
+    assert result.how == "eager: the step's inputs are not on a GPU"
     assert result.last_loss < 0.3 * result.first_loss
     assert [(step, steps) for step, steps, _ in seen] == [(i + 1, 60) for i in range(60)]
     losses = [loss() for _, _, loss in seen]
@@ -162,6 +163,29 @@ def test_accumulated_micro_batches_equal_the_whole_batch(micro_batch, make_recip
     assert not torch.equal(weights[0], split_linear(dtype=torch.float64).weight), "it moved"
     torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_loaded_batches_train_as_their_numbers_do(micro_batch, make_recipe):
+    linears = [split_linear(), split_linear()]
+    stage, recipe = Stage(epochs=4, lr=1e-3, batch_size=8), make_recipe(micro_batch=micro_batch)
+    fit(linears[0], stage, recipe, 24, regression(linears[0]), 0, "x")
+    read = []
+
+    def load(rows):
+        read.append(rows)
+        return rows, rows * 2
+
+    by_number = regression(linears[1])
+
+    def loss_of(rows, doubled):
+        assert torch.equal(doubled, rows * 2)
+        assert len(rows) <= (micro_batch or 8)
+        return by_number(rows)
+
+    fit(linears[1], stage, recipe, 24, loss_of, 0, "x", load=load)
+    assert torch.equal(linears[0].weight, linears[1].weight)
+    assert [len(rows) for rows in read] == [8] * 12
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(make_recipe):

@@ -25,7 +25,7 @@ def play(stream: io.StringIO, log: Path | None = None) -> str:
             for block in range(2):
                 for step in range(1, 4):
                     report.step(step, 3, lambda: 0.25)
-                report.block(block, f"layers.{block}", Fit(0.5, 0.25, 3))
+                report.block(block, f"layers.{block}", Fit(0.5, 0.25, 3, "recorded"))
     return stream.getvalue()
 
 
@@ -71,6 +71,7 @@ def test_log_has_a_line_for_each_event(tmp_path: Path) -> None:
         "first_loss": 0.5,
         "last_loss": 0.25,
         "steps": 3,
+        "how": "recorded",
     }
 
 

@@ -1,5 +1,10 @@
 """Fake quantization of weights and activations: the arithmetic of the grid."""
 
+from bbb_ao.kernels.fake_quantize.dispatch import (
+    fake_quantize_closed_form,
+    fake_quantize_given,
+    fake_quantize_tokens,
+)
 from bbb_ao.kernels.fake_quantize.reference import (
     dequantize,
     derive_scale,
@@ -36,6 +41,9 @@ __all__ = [
     "encode_scale",
     "fake_quantize",
     "fake_quantize_activation",
+    "fake_quantize_closed_form",
+    "fake_quantize_given",
+    "fake_quantize_tokens",
     "floor_straight_through",
     "group_range",
     "power_of_two",
