@@ -103,7 +103,7 @@ class FusedRows:
     def dissolve(self) -> None:
         """Let every layer compute its own rows again; copies nothing, the buffers stay where they are."""
         for layer in self.layers:
-            layer.fused = None
+            layer.fused, layer.position = None, 0
 
 
 def difference(first: "PackedLinear", second: "PackedLinear") -> str:
