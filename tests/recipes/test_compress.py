@@ -112,7 +112,7 @@ def test_a_packed_head_goes_through_the_directory_and_the_dense_export(name, mak
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     torch.testing.assert_close(logits(dense, ids), logits(result.model, ids), rtol=1e-3, atol=1e-3)
     model.get_output_embeddings = lambda: None
-    with pytest.raises(ModelError, match="head: expected an nn.Linear"):
+    with pytest.raises(ModelError, match=r"head: expected an nn\.Linear"):
         compress(model, make_recipe(**joint(head_bits=8)), ids, tmp_path / "other", device=CPU)
 
 
