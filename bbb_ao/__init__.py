@@ -26,11 +26,14 @@ _HOMES = {
     "convert_model": "bbb_ao.convert",
     "export_dense": "bbb_ao.checkpoint",
     "footprint": "bbb_ao.storage",
+    "fuse_projections": "bbb_ao.passes.fuse_projections",
     "merge_channels": "bbb_ao.splitting",
+    "pack_head": "bbb_ao.packed_head",
     "quantize_": "bbb_ao.quantize",
     "save_packed": "bbb_ao.checkpoint",
     "set_bits": "bbb_ao.packed_linear",
     "split_channels": "bbb_ao.splitting",
+    "unfuse_projections": "bbb_ao.passes.fuse_projections",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -42,8 +45,11 @@ if TYPE_CHECKING:
     from bbb_ao.errors import BitByBitError as BitByBitError
     from bbb_ao.grid import Grid as Grid
     from bbb_ao.huggingface import BitByBitConfig as BitByBitConfig
+    from bbb_ao.packed_head import pack_head as pack_head
     from bbb_ao.packed_linear import PackedLinear as PackedLinear
     from bbb_ao.packed_linear import set_bits as set_bits
+    from bbb_ao.passes.fuse_projections import fuse_projections as fuse_projections
+    from bbb_ao.passes.fuse_projections import unfuse_projections as unfuse_projections
     from bbb_ao.qat_linear import QATLinear as QATLinear
     from bbb_ao.quantize import BitByBitQATConfig as BitByBitQATConfig
     from bbb_ao.quantize import bitbybit_qat as bitbybit_qat

@@ -16,7 +16,7 @@ from bbb_ao.convert import to_dense
 from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.huggingface import QUANT_METHOD, attach_quantizer
 from bbb_ao.modeldir import check_output_directory
-from bbb_ao.packed_linear import packed_linears, stored_widths
+from bbb_ao.packed_linear import check_widths, stored_widths
 from bbb_ao.safetensors_header import read_header
 
 RECIPE_FILE = "recipe.yaml"
@@ -74,8 +74,7 @@ def save_packed(model: Any, tokenizer: Any, path: str | Path, bits: int, recipe:
         RecipeError, ResourceError: see `new_directory`.
     """
     check_output_directory(path)
-    for name, layer in packed_linears(model).items():
-        layer.check_width(bits, f"{name}: ")
+    check_widths(model, bits)
     attach_quantizer(model, bits)
 
     def write_recipe(folder: Path) -> None:
@@ -123,12 +122,16 @@ def _save(model: Any, tokenizer: Any, path: str | Path, extra: Callable[[Path], 
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One packed layer as stored. bits_per_weight counts planes, scales, zero points and index at the widest width."""
+    """One packed layer as stored. bits_per_weight counts planes, scales, zero points and index at the widest width.
+
+    A layer with fixed_bits (a packed head) does not follow the model's width.
+    """
 
     name: str
     in_features: int
     out_features: int
     widths: tuple[int, ...]
+    fixed_bits: bool
     act_bits: int | None
     split_channels: int
     bytes: int
@@ -170,12 +173,14 @@ def describe(path: str | Path) -> list[LayerDescription]:
         counted |= own
         index = indices.get(source)
         split = 0 if index is None else int((index[shape["in_features"] :] < shape["in_features"]).sum())
+        fixed = shape.get("fixed_bits", False)
         rows.append(
             LayerDescription(
                 name,
                 shape["in_features"],
                 shape["out_features"],
-                tuple(stored_widths(quantization["grid"]["kind"], shape["max_bits"])),
+                tuple(stored_widths(quantization["grid"]["kind"], shape["max_bits"], fixed)),
+                fixed,
                 shape["act_bits"],
                 split,
                 sum(sizes[key] for key in own),

@@ -28,8 +28,8 @@ class BitByBitConfig(QuantizationConfigMixin):
     Args:
         grid: fields of `Grid`.
         modules: for each packed Linear's name in_features, out_features, stored_features, max_bits, act_bits,
-            expands_input, padding, stored_rows, bias, and index_source (the buffer that holds the index of its columns,
-            or None).
+            expands_input, padding, stored_rows, bias, fixed_bits (False where it is missing), and index_source (the
+            buffer that holds the index of its columns, or None).
         duplicated_outputs: for each norm whose output is gathered its number of stored columns.
         format_version: of this description; a newer one is refused.
     """
@@ -229,6 +229,7 @@ def quantization_config(model: nn.Module) -> BitByBitConfig:
             "padding": layer.padding,
             "stored_rows": None if layer.out_index is None else layer.out_index.numel(),
             "bias": layer.bias is not None,
+            "fixed_bits": layer.fixed_bits,
             "index_source": f"{name}.ocs_index" if layer.expands_input else layer.index_source,
         }
         for name, layer in layers.items()

@@ -1,8 +1,11 @@
 """The deployed form of a Linear: packed nested codes in plain buffers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from bbb_ao.fused_rows import FusedRows
 from bbb_ao.grid import Grid, check_bits, quantize_weight
 from bbb_ao.kernels import pack_codes, pack_planes, slice_codes
 from bbb_ao.packed_tensor import PackedTensor, packed_product
@@ -24,6 +27,8 @@ class PackedLinear(nn.Module):
         max_bits: the widest slice that is stored.
         padding: trailing stored columns that are padding.
         index_source: name, in the whole model, of the buffer with the index of this layer's columns; None without one.
+        fixed_bits: it runs at `max_bits` whatever the model's width is (a packed head).
+        fused, position: the product that it shares with other layers, and its place there; None where it is alone.
     """
 
     bits: int
@@ -32,6 +37,9 @@ class PackedLinear(nn.Module):
     grid: Grid
     expands_input: bool
     padding: int
+    fixed_bits: bool
+    fused: FusedRows | None
+    position: int
     plane_high: Tensor
     plane_mid: Tensor | None
     plane_low: Tensor | None
@@ -55,6 +63,7 @@ class PackedLinear(nn.Module):
         padding: int = 0,
         stored_rows: int | None = None,
         bias_dtype: torch.dtype | None = None,
+        fixed_bits: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         """Allocate empty buffers of the right shapes, to be filled by `from_qat` or from a checkpoint.
@@ -68,6 +77,7 @@ class PackedLinear(nn.Module):
         self.grid, self.max_bits, self.expands_input = grid, check_bits(max_bits, "max_bits"), expands_input
         self.act_bits, self.bits, self.padding = act_bits, max_bits, padding
         self.index_source: str | None = None
+        self.fixed_bits, self.fused, self.position = fixed_bits, None, 0
 
         def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -139,7 +149,7 @@ class PackedLinear(nn.Module):
 
     def check_width(self, bits: int, where: str = "") -> None:
         """Raise a ValueError that starts with `where` unless this layer stores width `bits`."""
-        widths = stored_widths(self.grid.kind, self.max_bits)
+        widths = stored_widths(self.grid.kind, self.max_bits, self.fixed_bits)
         if check_bits(bits, f"{where}bits") not in widths:
             raise ValueError(f"{where}bits: this layer stores widths {widths[0]} to {widths[-1]}, got {bits}")
 
@@ -157,10 +167,10 @@ class PackedLinear(nn.Module):
             self.plane_mid,
             self.plane_low,
             self.zero_point,
-            self._gather_index(),
+            self.gather_index(),
         )
 
-    def _gather_index(self) -> Tensor | None:
+    def gather_index(self) -> Tensor | None:
         """The index that the op gathers by: the layer's own, or one that marks padding which a producer delivers.
 
         Quantized activations must stay zero there, and zero is no level of the half-step grid.
@@ -170,12 +180,27 @@ class PackedLinear(nn.Module):
         columns = torch.arange(self.stored_features, dtype=torch.int32, device=self.plane_high.device)
         return columns.masked_fill(columns >= self.stored_features - self.padding, self.stored_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # The same as F.linear(x, self.weight, self.bias), without a tensor subclass for the compiler to look through.
+    def product(self, x: Tensor) -> Tensor:
+        """F.linear(x, self.weight, self.bias), without a tensor subclass for the compiler to look through."""
         planes = (self.plane_high, self.plane_mid, self.plane_low)
         scales = (self.scale, self.scale_exponent, self.zero_point)
-        y = packed_product(x, planes, scales, self._gather_index(), self.bias, self.bits, self.act_bits, self.grid)
+        return packed_product(x, planes, scales, self.gather_index(), self.bias, self.bits, self.act_bits, self.grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x) if self.fused is None else self.fused.product(self, x)
         return y if self.out_index is None else expand_channels(y, self.out_index)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
+        super()._apply(*args, **kwargs)
+        if self.fused is not None and not self.fused.holds(self):
+            self.fused.dissolve()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Fused layers have a copy of the second level of their scales.
+        if self.fused is not None:
+            self.fused.dissolve()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return (
@@ -190,9 +215,10 @@ def _rounded_slice(codes: Tensor, bits: int) -> Tensor:
     return slice_codes(codes, bits, False) << (8 - bits)
 
 
-def stored_widths(kind: str, max_bits: int) -> range:
+def stored_widths(kind: str, max_bits: int, fixed_bits: bool = False) -> range:
     """The widths that can be read from planes up to `max_bits`: on the integer grid narrower slices need all 8 bits."""
-    return range(2 if kind == "half_step" or max_bits == 8 else max_bits, max_bits + 1)
+    nested = not fixed_bits and (kind == "half_step" or max_bits == 8)
+    return range(2 if nested else max_bits, max_bits + 1)
 
 
 def packed_linears(module: nn.Module) -> dict[str, PackedLinear]:
@@ -200,19 +226,29 @@ def packed_linears(module: nn.Module) -> dict[str, PackedLinear]:
     return {name: child for name, child in module.named_modules() if isinstance(child, PackedLinear)}
 
 
+def check_widths(model: nn.Module, bits: int) -> dict[str, PackedLinear]:
+    """The packed layers that follow the model's width, by name: all but those with `fixed_bits`.
+
+    Raises:
+        ValueError: one of them does not store width `bits` (the layer is named).
+    """
+    layers = {name: layer for name, layer in packed_linears(model).items() if not layer.fixed_bits}
+    for name, layer in layers.items():
+        layer.check_width(bits, f"{name}: ")
+    return layers
+
+
 def set_bits(model: nn.Module, bits: int) -> nn.Module:
-    """Run every packed layer of `model` at width `bits`; copies nothing.
+    """Run every packed layer of `model` that is not fixed at width `bits`; copies nothing.
 
     Returns:
         `model`.
     Raises:
         ValueError: `model` has no packed layer, or a layer does not store that width (the layer is named).
     """
-    layers = packed_linears(model)
+    layers = check_widths(model, bits)
     if not layers:
         raise ValueError("set_bits: the model has no packed layers; convert it or load a bitbybit checkpoint first")
-    for name, layer in layers.items():
-        layer.check_width(bits, f"{name}: ")
     for layer in layers.values():
         layer.bits = bits
     return model

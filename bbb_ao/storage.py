@@ -32,13 +32,15 @@ def _bytes(*tensors: Tensor | None) -> int:
 
 
 def layer_footprint(layer: PackedLinear, bits: int | None = None) -> Footprint:
-    """Bytes that `layer` reads at width `bits` (None: all that it stores), scales, zero points and index included.
+    """Bytes that `layer` reads when the model runs at width `bits`, scales, zero points and index included.
+
+    None counts all that it stores; a layer with fixed_bits always reads that.
 
     On the integer grid a slice narrower than `max_bits` also reads the bit below it, which rounds it.
 
     Split channels and padding count as stored columns against the original number of weights; the bias does not count.
     """
-    width = layer.max_bits if bits is None else bits
+    width = layer.max_bits if bits is None or layer.fixed_bits else bits
     if not layer.grid.half_step and width < layer.max_bits:
         width += 1
     planes = [layer.plane_high, layer.plane_mid if width > 2 else None, layer.plane_low if width > 4 else None]

@@ -140,7 +140,7 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
     rows: list[tuple[Any, ...]] = [
         (
             row.name,
-            f"{row.widths[0]}-{row.widths[-1]}",
+            str(row.widths[0]) if row.fixed_bits else f"{row.widths[0]}-{row.widths[-1]}",
             row.act_bits or 16,
             row.bits_per_weight,
             row.split_channels,
@@ -181,7 +181,7 @@ def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> l
         return [config.get("bits")]
     from bbb_ao.checkpoint import describe
 
-    stored = set(range(2, 9)).intersection(*(row.widths for row in describe(directory)))
+    stored = set(range(2, 9)).intersection(*(row.widths for row in describe(directory) if not row.fixed_bits))
     for width in bits:
         if width not in stored:
             have = ", ".join(map(str, sorted(stored)))

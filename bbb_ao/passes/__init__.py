@@ -3,6 +3,7 @@
 from bbb_ao.passes.blocks import block_linears, find_blocks, unsupported_weights
 from bbb_ao.passes.capture import CapturedBlock, bind, capture_block, capture_model
 from bbb_ao.passes.convert_graph import convert_graph
+from bbb_ao.passes.fuse_projections import FusionReport, fuse_projections, shared_inputs, unfuse_projections
 from bbb_ao.passes.plan import RewritePlan, SplitSite, plan_block, plan_graph
 from bbb_ao.passes.rewrite_graph import duplicate_channels, insert_fake_quantize
 from bbb_ao.passes.rewrite_model import apply_plan, choose_indices, undo_plan
@@ -10,6 +11,7 @@ from bbb_ao.passes.verify import Verification, float64_casts, verified_plan, ver
 
 __all__ = [
     "CapturedBlock",
+    "FusionReport",
     "RewritePlan",
     "SplitSite",
     "Verification",
@@ -23,10 +25,13 @@ __all__ = [
     "duplicate_channels",
     "find_blocks",
     "float64_casts",
+    "fuse_projections",
     "insert_fake_quantize",
     "plan_block",
     "plan_graph",
+    "shared_inputs",
     "undo_plan",
+    "unfuse_projections",
     "unsupported_weights",
     "verified_plan",
     "verify_block",

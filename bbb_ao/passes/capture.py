@@ -18,8 +18,10 @@ from bbb_ao.errors import ModelError
 from bbb_ao.passes.blocks import find_blocks
 from bbb_ao.passes.fx_nodes import aten, copy_graph_module, packet
 
-# Scalar attributes that number a block; all others tell kinds of blocks apart.
-POSITION_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
+# Scalar attributes that number or name a block; all others tell kinds of blocks apart.
+POSITION_ATTRIBUTES = frozenset(
+    {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx", "index_source"}
+)
 
 
 @dataclass(frozen=True)

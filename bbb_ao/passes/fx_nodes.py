@@ -114,6 +114,11 @@ def is_linear(node: fx.Node) -> bool:
     return node.op == "call_function" and packet(node) is aten.linear
 
 
+def is_packed_linear(node: fx.Node) -> bool:
+    ops = torch.ops.bbb_ao
+    return node.op == "call_function" and packet(node) in (ops.packed_linear, ops.packed_linear_dynamic)
+
+
 def linear_name(node: fx.Node) -> str | None:
     """Name of the module whose `weight` an aten.linear node reads, or None where the weight is computed."""
     weight = node.args[1]

@@ -15,6 +15,7 @@ from bbb_ao.checkpoint import save_packed
 from bbb_ao.convert import convert_model
 from bbb_ao.errors import DataError, RecipeError
 from bbb_ao.modeldir import check_model_directory, check_output_directory, check_weights
+from bbb_ao.packed_head import find_head, pack_head
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.distill import train_model_stage
@@ -93,6 +94,8 @@ def train(
         DataError: `sequences` is no matrix of ids of the model's vocabulary.
     """
     _check_sequences(sequences, model)
+    if recipe.head_bits is not None:
+        find_head(model)
     with _evaluating(model):
         return _train(model, sequences, recipe, device or choose_device(), report or Silent())
 
@@ -136,7 +139,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def pack(student: Any, model: nn.Module, recipe: Recipe) -> Any:
-    """Convert a trained student in place, every other tensor back in the type that it has in `model`.
+    """Convert a trained student in place, and its head if the recipe says so; every other tensor gets back its type.
 
     Not `student.to(dtype)`: that would also round what the architecture keeps in float32 (frequencies of rotary
     embeddings), and the packed model would change when it is reloaded.
@@ -145,6 +148,8 @@ def pack(student: Any, model: nn.Module, recipe: Recipe) -> Any:
         NumericsError: see `convert_model`.
     """
     convert_model(student, max(recipe.stages[-1].widths), next(model.parameters()).dtype)
+    if recipe.head_bits is not None:
+        pack_head(student, recipe.head_bits)
     types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     for name, tensor in (*student.named_parameters(), *student.named_buffers()):
         if name in types:

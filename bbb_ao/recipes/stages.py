@@ -175,6 +175,8 @@ class Recipe:
         targets: patterns (`re.fullmatch` on the layer's full name); None takes every Linear in the decoder blocks.
         skip: patterns of layers to leave in full precision.
         default_bits: width at which the saved checkpoint opens.
+        head_bits: pack the language-model head too, by round to nearest at this width, 2 to 8, whatever the others run
+            at; a tied head becomes a copy. None leaves it as it is.
         input_stream: what feeds a block in training: the output of the "quantized" prefix at the stage's own width, or
             at the "next_higher" width of the schedule.
         target_stream: what the full-precision block of the loss is fed with: the "full_precision" prefix's output, or
@@ -202,6 +204,7 @@ class Recipe:
     targets: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
     default_bits: int = 2
+    head_bits: int | None = None
     input_stream: Literal["quantized", "next_higher"] = "quantized"
     target_stream: Literal["full_precision", "student"] = "full_precision"
     gradient_clip: float | None = 1.0
@@ -230,6 +233,9 @@ class Recipe:
         valid = type(self.default_bits) is int and widths[-1] <= self.default_bits <= widths[0]
         expected = f"{widths[0]}" if len(widths) == 1 else f"a width from {widths[-1]} to {widths[0]}"
         _expect(valid, "default_bits", f"{expected}, as the last stage trains", self.default_bits, f"use {widths[-1]}")
+
+        valid = self.head_bits is None or _is_bits(self.head_bits)
+        _expect(valid, "head_bits", "a whole number from 2 to 8, or null", self.head_bits, "use null, 8 or 4")
 
     def select(self, layers: Iterable[str]) -> tuple[str, ...]:
         """The layers to quantize, in the order given.

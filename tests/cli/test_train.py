@@ -58,6 +58,19 @@ def test_inspect_has_a_line_per_layer(run, trained: Path) -> None:
     assert int(lines[-1].split()[-1]) == sum(int(row[-1]) for row in cells)
 
 
+def test_inspect_and_eval_of_a_packed_head(run, trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+    files = ("--data", trained / "data.jsonl", "--recipe", "any_precision", "--output", tmp_path / "out")
+    assert run("train", tiny_model, *files, *SMALL, "head_bits=4").code == 0
+    plain, lines = (run("inspect", folder / "out").out.splitlines() for folder in (trained, tmp_path))
+    (head,) = [line.split() for line in lines if line.startswith("lm_head")]
+    assert head[1:3] == ["4", "16"]
+    assert 4.3 < float(head[3]) < 4.6
+    assert int(lines[-1].split()[-1]) == int(plain[-1].split()[-1]) + int(head[-1])
+    # The head does not narrow the choice of widths.
+    text = ("--data", trained / "data.jsonl", "--window", 32, "--limit", 2)
+    assert run("eval", tmp_path / "out", *text, "--bits", 8, 2).code == 0
+
+
 def test_one_seed_gives_one_checkpoint(run, trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     files = ("--data", trained / "data.jsonl", "--recipe", "any_precision", "--output", tmp_path / "again")
     assert run("train", tiny_model, *files, *SMALL).code == 0

@@ -7,7 +7,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bbb_ao.convert import convert_model
 from bbb_ao.passes import capture_model
+from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.recipes.prepare import prepare_student
+from bbb_ao.recipes.stages import Recipe, Split, Stage
 
 torch.set_num_threads(1)
 
@@ -74,3 +78,17 @@ def make_model():
 def captured():
     """A function: architecture -> the captures of a shared model; do not change its blocks."""
     return _captured
+
+
+@pytest.fixture(scope="session")
+def make_packed():
+    """A function: architecture, activation width, split ratio -> a converted model of one's own, widths up to 8."""
+
+    def make(name, act_bits=None, ratio=0.4):
+        split = Split(ratio_min=ratio, ratio_max=ratio, metric="weight")
+        model = copy.deepcopy(_model(name))
+        prepare_student(model, Recipe(name="test", stages=(Stage(weight_bits=2),), split=split), None)
+        set_training_bits(model, 8, act_bits)
+        return convert_model(model, 8).eval()
+
+    return make

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bbb_ao.huggingface  # noqa: F401  registers the quantizer
-from bbb_ao.checkpoint import describe
+from bbb_ao.checkpoint import describe, export_dense
 from bbb_ao.errors import DataError, ModelError, NumericsError, RecipeError
 from bbb_ao.packed_linear import PackedLinear, packed_linears, set_bits
 from bbb_ao.recipes import compress as engine
@@ -94,6 +94,26 @@ def test_the_directory_loads_with_the_figures_of_the_result(case, make_model, ma
     set_bits(result.model, 8)
     error = (logits(result.model, ids) - logits(model, ids)).square().mean() / logits(model, ids).var()
     assert error < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_packed_head_goes_through_the_directory_and_the_dense_export(name, make_model, make_recipe, ids, tmp_path):
+    model = make_model(name)
+    tied = model.config.tie_word_embeddings
+    result = compress(model, make_recipe(**joint(head_bits=8)), ids, tmp_path / "out", device=CPU)
+    head = result.model.get_output_embeddings()
+    assert (type(head), head.bits, head.fixed_bits) == (PackedLinear, 8, True)
+    assert model.config.tie_word_embeddings == tied, "the source model is not changed"
+    assert "head_bits: 8" in (tmp_path / "out" / "recipe.yaml").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", bits=2)
+    assert torch.equal(logits(loaded, ids), logits(set_bits(result.model, 2), ids))
+    assert sum(layer.widths == (8,) for layer in describe(tmp_path / "out")) == 1
+    export_dense(loaded, None, tmp_path / "dense", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(dense, ids), logits(result.model, ids), rtol=1e-3, atol=1e-3)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ModelError, match=r"head: expected an nn\.Linear"):
+        compress(model, make_recipe(**joint(head_bits=8)), ids, tmp_path / "other", device=CPU)
 
 
 def test_biases_and_embeddings_survive(make_model, make_recipe, ids, tmp_path):

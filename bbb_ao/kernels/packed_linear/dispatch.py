@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from bbb_ao.kernels.packed_linear.op import packed_linear_op
-from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
+from bbb_ao.kernels.packed_linear.reference import check_exponent, check_input, check_weight
 from bbb_ao.kernels.packed_row import packed_linear_row, takes_row_path
 
 
@@ -32,7 +32,7 @@ def packed_linear(
         high, mid, low: planes of the parent codes, uint8, layout of `packing.planes`; planes that `bits` does not need
             may be None. On the integer grid a slice is rounded by the bits below it that are stored.
         scale: [out_features, K / group_size], uint8, E4M3 patterns of the 2-bit scale.
-        scale_exponent: int32, scalar.
+        scale_exponent: int32, a scalar, or [out_features] where rows of several tensors are stacked.
         zero_point: [out_features, ceil(K / group_size * zero_point_bits / 8)], uint8, from `pack_codes`; None with
             zero_point_bits = 0, which fixes the zero offset at 2.
         index: int32 [K]; stored column k reads channel index[k] of x, or 0 where index[k] == in_features. None: x has
@@ -51,6 +51,7 @@ def packed_linear(
     operands = (x, high, mid, low, scale, scale_exponent, zero_point, index, bias, bits, zero_point_bits, half_step)
     if takes_row_path(x, high, mid, low, bits, zero_point_bits, half_step, group_size):
         check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
+        check_exponent(scale_exponent, high.shape[0])
         check_input(x, index, scale.shape[-1] * group_size)
         return packed_linear_row(*operands)
     return packed_linear_op(*operands, group_size)

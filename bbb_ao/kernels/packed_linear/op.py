@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bbb_ao.kernels.packed_linear.gradient import backward_packed, save_packed
-from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, packed_linear_reference
+from bbb_ao.kernels.packed_linear.reference import check_exponent, check_input, check_weight, packed_linear_reference
 
 
 @torch.library.custom_op("bbb_ao::packed_linear", mutates_args=())
@@ -64,6 +64,7 @@ def _(
     group_size: int,
 ) -> Tensor:
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
+    check_exponent(scale_exponent, high.shape[0])
     check_input(x, index, scale.shape[-1] * group_size)
     return x.new_empty(*x.shape[:-1], high.shape[0])
 

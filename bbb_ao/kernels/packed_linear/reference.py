@@ -1,7 +1,7 @@
 """The packed linear layer in plain torch: dequantize the weight once, then one dense product.
 
     w[n, k] = s_r[n, g] * (c_r[n, k] + h - zeta[n, g] * 2**(r-2)),   g = k // group_size,   h = 1/2 or 0
-    s_r = e4m3(scale) * 2**scale_exponent * 2**(2-r),   zeta = z * 4 / 2**zero_point_bits   (design.md, section 2.9)
+    s_r = e4m3(scale) * 2**scale_exponent[n] * 2**(2-r),   zeta = z * 4 / 2**zero_point_bits   (design.md, section 2.9)
     y[m, n] = sum_k x[m, index[k]] * w[n, k] + bias[n]
 
 This is the oracle of every other implementation, and the path for many rows on a CPU.
@@ -64,9 +64,11 @@ def dequantize_packed(
         TypeError, ValueError: as `packed_linear`.
     """
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
+    check_exponent(scale_exponent, high.shape[0])
     groups = scale.shape[-1]
     codes = _read_codes(high, mid, low, groups * group_size, bits, half_step).unflatten(-1, (groups, group_size))
-    step = decode_scale(scale, scale_exponent, dtype)
+    # [1, 1] or [out_features, 1]
+    step = decode_scale(scale, scale_exponent.view(-1, 1), dtype)
     if zero_point is None:
         offset = torch.full_like(step, 2.0)
     else:
@@ -98,6 +100,16 @@ def check_weight(
     if zero_point is not None and tuple(zero_point.shape) != (high.shape[0], packed_bytes(groups, zero_point_bits)):
         expected = (high.shape[0], packed_bytes(groups, zero_point_bits))
         raise ValueError(f"zero_point must have shape {expected}: found {tuple(zero_point.shape)}")
+
+
+def check_exponent(scale_exponent: Tensor, rows: int) -> None:
+    """Raise unless `scale_exponent` is an int32 scalar, or has one element for each of the weight's rows."""
+    shape = tuple(scale_exponent.shape)
+    if scale_exponent.dtype != torch.int32 or shape not in ((), (rows,)):
+        raise ValueError(
+            f"scale_exponent must be an int32 scalar or [out_features] = [{rows}]: "
+            f"found {scale_exponent.dtype} {list(shape)}"
+        )
 
 
 def check_input(x: Tensor, index: Tensor | None, features: int) -> None:

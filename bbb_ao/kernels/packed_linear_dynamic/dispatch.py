@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
+from bbb_ao.kernels.packed_linear.reference import check_exponent, check_input, check_weight
 from bbb_ao.kernels.packed_linear_dynamic.op import packed_linear_dynamic_op
 from bbb_ao.kernels.packed_row import packed_linear_row, takes_row_path
 
@@ -42,6 +42,7 @@ def packed_linear_dynamic(
     operands = (x, high, mid, low, scale, scale_exponent, zero_point, index, bias, bits, zero_point_bits, half_step)
     if takes_row_path(x, high, mid, low, bits, zero_point_bits, half_step, group_size):
         check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
+        check_exponent(scale_exponent, high.shape[0])
         check_input(x, index, scale.shape[-1] * group_size)
         return packed_linear_row(*operands, act_bits, act_half_step)
     return packed_linear_dynamic_op(*operands, group_size, act_bits, act_half_step)

@@ -2,7 +2,7 @@
 
 With c the codes and e4m3 the stored scales, both sums over the columns k of group g,
 
-    y[n] = 2**(scale_exponent + 2 - r) * sum_g e4m3[n, g] * (sum_k x[k] * c[n, k] + offset[n, g] * sum_k x[k]),
+    y[n] = 2**(scale_exponent[n] + 2 - r) * sum_g e4m3[n, g] * (sum_k x[k] * c[n, k] + offset[n, g] * sum_k x[k]),
     offset = h - zeta * 2**(r-2).
 
 What makes it fast on a CPU (design.md, section 3; benchmarks/cpu_linear.py):
@@ -112,7 +112,7 @@ def packed_linear_row(
     if tail:
         shares = activation[groups * GRANULE :].view(layout.tail_shape)
         parts = [_tail_sum(assemble_words(tail), shares, sums[groups * LANES :], scales, layout, parts)]
-    # 2**n as the bits of a float32: exact, and no call of pow.
+    # 2**n as the bits of a float32: exact, and no call of pow. One exponent, or one for each row.
     y = _add(parts) * ((scale_exponent + (127 + 2 - bits)) << 23).view(torch.float32)
     if bias is not None:
         y = y + bias

@@ -1,0 +1,61 @@
+"""The decoding loop of benchmarks/decode.py, on a CPU: the tokens of generate(), for every implementation."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b
+
+from bbb_ao.packed_linear import packed_linears
+
+NEW = 6
+
+
+def tiny():
+    config = llama_3_8b(layers=3)
+    config.update({"hidden_size": 128, "intermediate_size": 224, "num_attention_heads": 4, "head_dim": 32})
+    config.update({"num_key_value_heads": 2, "vocab_size": 320})
+    return config
+
+
+def decode(decoder: Decoder) -> torch.Tensor:
+    decoder.prefill()
+    for _ in range(NEW - 1):
+        decoder.step()
+    return decoder.output.clone()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_decoder_gives_the_tokens_of_generate(impl: str) -> None:
+    model = build(tiny(), impl, "cpu").float()
+    bits, _, head_bits = IMPLEMENTATIONS[impl]
+    assert len(packed_linears(model)) == (0 if bits is None else 21) + (head_bits is not None)
+    prompt = torch.randint(0, 320, (3, 9), generator=torch.Generator().manual_seed(0))
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": NEW, "min_new_tokens": NEW}
+    expected = model.generate(prompt, **settings, do_sample=False, pad_token_id=0, eos_token_id=None)
+    decoder = Decoder(model, prompt, NEW, compiled=False)
+    for _ in range(2):
+        assert torch.equal(decode(decoder), expected)
+    assert expected[:, 9:].unique().numel() > 3, "a model that repeats one token would pass any loop"
+
+
+def test_compiled_decoder_has_three_graphs_whatever_the_number_of_blocks() -> None:
+    model = build(tiny(), "w2a16_head8", "cpu").float()
+    decoder = Decoder(model, torch.tensor([[3, 200, 71]]), NEW, compiled=False)
+    expected = decode(decoder)
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return aot_eager(gm, inputs)
+
+    torch._dynamo.reset()
+    for name in ("start", "block", "tail"):
+        compiled = torch.compile(getattr(decoder, name), fullgraph=True, dynamic=False, backend=backend)
+        setattr(decoder, name, compiled)
+    assert torch.equal(decode(decoder), expected)
+    assert len(graphs) == 3
