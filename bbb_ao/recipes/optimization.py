@@ -127,18 +127,15 @@ class Fit:
 
 
 def make_optimizer(groups: list[dict]) -> torch.optim.AdamW:
-    """AdamW without weight decay over groups with their `peak` learning rates.
+    """AdamW without weight decay over groups with their `peak` learning rates, in one pass over memory.
 
-    On a GPU it is fused (one pass over memory, no copies) and its learning rates are tensors, so that a recorded step
-    sees them change.
+    On a GPU its learning rates are tensors, so that a recorded step sees them change.
     """
     device = groups[0]["params"][0].device
     on_gpu = device.type == "cuda"
     for group in groups:
         group["lr"] = torch.tensor(group["peak"], device=device) if on_gpu else group["peak"]
-    return torch.optim.AdamW(
-        groups, betas=(0.9, 0.95), weight_decay=0.0, **({"fused": True, "capturable": True} if on_gpu else {})
-    )
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=on_gpu)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
