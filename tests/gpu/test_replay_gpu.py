@@ -47,7 +47,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, worthwhile: int, recipe: Recipe = R
     monkeypatch.setattr(replay, "WORTHWHILE", worthwhile)
     result = train(copy.deepcopy(tiny_llama()), IDS, recipe, torch.device("cuda"))
     how = [fit.how for stage in result.fits for fit in stage]
-    return [p.detach() for p in result.student.parameters()], how
+    return [p.detach() for p in result.model.parameters()], how
 
 
 def test_recorded_training_equals_eager_training(monkeypatch: pytest.MonkeyPatch) -> None:

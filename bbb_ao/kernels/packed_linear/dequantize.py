@@ -76,7 +76,8 @@ def dequantize_kernel(
             column = block * 128 + quarter * SPAN + hb * (SPAN // 2) + e
             group = column // GROUP
             scale = tl.load(scale_ptr + row * (K // GROUP) + group, mask=mask, other=0)
-            scale = scale.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+            # An E4M3 pattern at the top of a float32's mantissa is e4m3 * 2**-120.
+            scale = (scale.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**120
             offset = 0.5 if HALF_STEP else 0.0
             if ZB == 0:
                 value = codes.to(tl.float32) + (offset - 2.0 ** (BITS - 1))

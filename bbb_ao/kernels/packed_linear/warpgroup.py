@@ -193,7 +193,7 @@ def _consume(
     _finish(acc * UNIT, exponent_ptr, bias_ptr, y_ptr, m0, n0, M, N, R, EXPONENTS, BIASED, BM, 64, 4, SPLIT)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "NB", "SPLITS"])
 def matmul_kernel(
     x_desc,
     high_desc,
