@@ -15,19 +15,6 @@ ZERO_POINT_WIDTHS = (0, 1, 2, 4, 8)  # those whose codes do not cross bytes
 
 
 @triton.jit
-def _word_codes(high_ptr, mid_ptr, low_ptr, place, low_place, QUARTER: tl.constexpr, R: tl.constexpr, mask):
-    """R-bit codes of one quarter of a block, read from the bytes that hold them."""
-    codes = (tl.load(high_ptr + place, mask=mask, other=0).to(tl.int32) >> (2 * QUARTER)) & 3
-    if R > 2:
-        mid = (tl.load(mid_ptr + place, mask=mask, other=0).to(tl.int32) >> (2 * QUARTER)) & 3
-        codes = codes * 4 + mid
-    if R > 4:
-        low = (tl.load(low_ptr + low_place, mask=mask, other=0).to(tl.int32) >> (4 * (QUARTER // 2))) & 15
-        codes = codes * 16 + low
-    return codes
-
-
-@triton.jit
 def dequantize_kernel(
     high_ptr,
     mid_ptr,
@@ -53,40 +40,47 @@ def dequantize_kernel(
     """One block of LENGTH columns of BN rows; LENGTH is 128, or 32, 64 or 96 for the last block of a row."""
     SPAN: tl.constexpr = LENGTH // 4
     block = first_block + tl.program_id(1)
-    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
-    # 16 consecutive columns are the low, the next ones the high bytes of a quarter's 16-bit words.
-    e = tl.arange(0, 16)[None, :]
-    mask = (n < N) & (e < SPAN // 2)
+    # [rows, quarter, half, word]: the low bytes of a quarter's words are its first half, the high bytes its second one.
+    n = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None, None, None]
+    quarter = tl.arange(0, 4)[None, :, None, None]
+    half = tl.arange(0, 2)[None, None, :, None]
+    e = tl.arange(0, 16)[None, None, None, :]
+    row = n.to(tl.int64)
+    words = tl.pointer_type(tl.int16)
+    read = (n < N) & (e < SPAN // 2)
+    place = row * (K // 8) + block * 16 + e
+    codes = (tl.load(high_ptr.to(words) + place, mask=read, other=0).to(tl.int32) >> (8 * half + 2 * quarter)) & 3
+    if R > 2:
+        mid = tl.load(mid_ptr.to(words) + place, mask=read, other=0).to(tl.int32)
+        codes = codes * 4 + ((mid >> (8 * half + 2 * quarter)) & 3)
+    if R > 4:
+        place = row * (K // 4) + block * 32 + quarter % 2 * (SPAN // 2) + e
+        low = tl.load(low_ptr.to(words) + place, mask=read, other=0).to(tl.int32)
+        codes = codes * 16 + ((low >> (8 * half + 4 * (quarter // 2))) & 15)
+    if ROUNDED:
+        codes = tl.minimum((codes + 2 ** (R - BITS - 1)) >> (R - BITS), 2**BITS - 1)
+    else:
+        codes = codes >> (R - BITS)
+    column = block * 128 + quarter * SPAN + half * (SPAN // 2) + e
+    # In a full block a quarter lies in one group.
+    group = (block * 128 + quarter * SPAN) // GROUP if LENGTH == 128 else column // GROUP
+    known = n < N if LENGTH == 128 else read
+    scale = tl.load(scale_ptr + row * (K // GROUP) + group, mask=known, other=0)
+    # An E4M3 pattern at the top of a float32's mantissa is e4m3 * 2**-120.
+    scale = (scale.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**120
     if EXPONENTS:
         exponent = tl.load(exponent_ptr + n, mask=n < N, other=0)
     else:
         exponent = tl.load(exponent_ptr)
-    power = ((exponent + (127 + 2 - BITS)) << 23).to(tl.float32, bitcast=True)
-    row = n.to(tl.int64)
-    for quarter in tl.static_range(4):
-        for hb in tl.static_range(2):
-            byte = 2 * e + hb
-            place = row * (K // 4) + block * 32 + byte
-            low_place = row * (K // 2) + block * 64 + (quarter % 2) * SPAN + byte
-            codes = _word_codes(high_ptr, mid_ptr, low_ptr, place, low_place, quarter, R, mask)
-            if ROUNDED:
-                codes = tl.minimum((codes + 2 ** (R - BITS - 1)) >> (R - BITS), 2**BITS - 1)
-            else:
-                codes = codes >> (R - BITS)
-            column = block * 128 + quarter * SPAN + hb * (SPAN // 2) + e
-            group = column // GROUP
-            scale = tl.load(scale_ptr + row * (K // GROUP) + group, mask=mask, other=0)
-            # An E4M3 pattern at the top of a float32's mantissa is e4m3 * 2**-120.
-            scale = (scale.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 2.0**120
-            offset = 0.5 if HALF_STEP else 0.0
-            if ZB == 0:
-                value = codes.to(tl.float32) + (offset - 2.0 ** (BITS - 1))
-            else:
-                bit = group * ZB
-                zero = tl.load(zero_ptr + row * zero_bytes + bit // 8, mask=mask, other=0).to(tl.int32)
-                zero = (zero >> (bit % 8)) & (2**ZB - 1)
-                value = codes.to(tl.float32) + (offset - zero.to(tl.float32) * 2.0 ** (BITS - ZB))
-            tl.store(weight_ptr + row * K + column, (value * scale * power).to(weight_ptr.dtype.element_ty), mask=mask)
+    scale *= ((exponent + (127 + 2 - BITS)) << 23).to(tl.float32, bitcast=True)
+    offset = 0.5 if HALF_STEP else 0.0
+    if ZB == 0:
+        value = (codes.to(tl.float32) + (offset - 2.0 ** (BITS - 1))) * scale
+    else:
+        zero = tl.load(zero_ptr + row * zero_bytes + group * ZB // 8, mask=known, other=0).to(tl.int32)
+        zero = (zero >> (group * ZB % 8)) & (2**ZB - 1)
+        value = (codes.to(tl.float32) + (offset - zero.to(tl.float32) * 2.0 ** (BITS - ZB))) * scale
+    tl.store(weight_ptr + row * K + column, value.to(weight_ptr.dtype.element_ty), mask=read)
 
 
 def dequantize_dense(
@@ -112,7 +106,7 @@ def dequantize_dense(
     for length, first, blocks in ((BLOCK, 0, features // BLOCK), (tail, features // BLOCK, 1)):
         if length == 0 or blocks == 0 or rows == 0:
             continue
-        dequantize_kernel[(triton.cdiv(rows, 16), blocks)](
+        dequantize_kernel[(triton.cdiv(rows, 32), blocks)](
             high,
             high if mid is None else mid,
             high if low is None else low,
@@ -132,7 +126,7 @@ def dequantize_dense(
             ZB=zero_point_bits,
             GROUP=group_size,
             EXPONENTS=scale_exponent.dim() == 1,
-            BN=16,
-            num_warps=2,
+            BN=32,
+            num_warps=4,
         )
     return weight
