@@ -24,8 +24,9 @@ from bbb_ao.kernels import (
     quantize,
     slice_codes,
 )
-from bbb_ao.kernels.fake_quantize import dispatch
+from bbb_ao.kernels.fake_quantize import dispatch, launch
 from bbb_ao.kernels.fake_quantize.op import closed_form_op, given_op
+from bbb_ao.kernels.packed_row import expand_input, fake_quantize_input
 from bbb_ao.qat_linear import QATLinear
 from bbb_ao.splitting import channel_metric, choose_index
 
@@ -304,6 +305,27 @@ def test_results_can_be_written_in_another_type() -> None:
         assert found.dtype == dtype
         assert torch.equal(found, expected)
         assert ((gradient - reference).double().abs() <= gradient_bound(weight, 32)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("half_step", [True, False])
+@pytest.mark.parametrize("group_size", [32, 96])
+def test_gathered_rows_equal_the_reference(group_size: int, half_step: bool, dtype: torch.dtype) -> None:
+    # More groups than one tile holds, and fewer.
+    for bits, groups, rows in ((2, 3, 5), (4, 140, 2), (8, 3, 1)):
+        features = groups * group_size
+        in_features = features - 20
+        copies = torch.randint(0, in_features, (13,), generator=torch.Generator().manual_seed(bits))
+        padding = torch.full((7,), in_features)
+        for index in (None, torch.cat([torch.arange(in_features), copies, padding]).to(torch.int32)):
+            x = hard_weight(bits, rows, groups, group_size)[:, : features if index is None else in_features]
+            x = x.to(dtype).contiguous()
+            columns = expand_input(x, index)
+            expected = fake_quantize_input(columns, index, x.shape[1], bits, half_step, group_size).to(dtype)
+            moved = None if index is None else index.to(DEVICE)
+            found = launch.gathered_rows(x.to(DEVICE), moved, bits, half_step, group_size).cpu()
+            assert found.dtype == dtype
+            assert torch.equal(found, expected), f"{bits} bits, {groups} groups, index {index is not None}"
 
 
 @pytest.mark.parametrize("operator", ["weight", "tokens", "given"])

@@ -122,6 +122,39 @@ def forward(
     return out
 
 
+def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, group_size: int) -> Tensor:
+    """Activations gathered by `index` and fake-quantized, in one launch: one program for each token.
+
+    Args:
+        x: [M, in_features], contiguous, at most 32 bits an element.
+        index: int32 [K], in_features for padding, which stays 0; None: x has K columns. group_size divides K.
+    Returns:
+        [M, K], computed in float32 and rounded to x's dtype.
+    """
+    features = x.shape[1] if index is None else index.shape[0]
+    out = x.new_empty(x.shape[0], features)
+    if out.numel():
+        columns = triton.next_power_of_2(group_size)
+        kernels.gathered_rows_kernel[(x.shape[0],)](
+            x,
+            x if index is None else index,
+            out,
+            x.shape[1],
+            features // group_size,
+            BITS=bits,
+            SPAN=2.0**bits if half_step else 2.0**bits - 1.0,
+            HALF=half_step,
+            SHORT=not triton.knobs.runtime.interpret,
+            INDEXED=index is not None,
+            GROUP=group_size,
+            COLUMNS=columns,
+            BLOCK=max(1, 2 * TILE // columns),
+            enable_fp_fusion=False,
+            num_warps=2 * WARPS,
+        )
+    return out
+
+
 def backward(
     gradient: Tensor, x: Tensor, largest: Tensor, scale: Tensor | None, zero_point: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

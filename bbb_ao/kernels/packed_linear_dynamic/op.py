@@ -1,7 +1,9 @@
 """torch.ops.bbb_ao.packed_linear_dynamic: schema, default implementation (the reference) and shape function.
 
-A device's own kernel is added with `packed_linear_dynamic_op.register_kernel(device_type)`.
+On NVIDIA GPUs `cuda` runs.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +74,14 @@ def _(
     check_exponent(scale_exponent, high.shape[0])
     check_input(x, index, scale.shape[-1] * group_size)
     return x.new_empty(*x.shape[:-1], high.shape[0])
+
+
+@packed_linear_dynamic_op.register_kernel("cuda")
+def _(*operands: Any) -> Tensor:
+    # Imported here: Triton is present on Linux only.
+    from bbb_ao.kernels.packed_linear_dynamic.cuda import packed_linear_dynamic_cuda
+
+    return packed_linear_dynamic_cuda(*operands)
 
 
 packed_linear_dynamic_op.register_autograd(backward_packed, setup_context=save_packed)
