@@ -55,17 +55,26 @@ def settings_for(key: str, candidates: Sequence[Settings], run: Callable[[Settin
     if os.environ.get("BBB_AO_TUNING") == "off" or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     # Milliseconds; the L2 cache is emptied before each launch.
+    times = milliseconds(candidates, run, device)
+    table[key] = min(times, key=times.__getitem__)
+    _keep(name, key, table[key])
+    return table[key]
+
+
+def milliseconds(
+    candidates: Sequence[Settings], run: Callable[[Settings], object], device: int
+) -> dict[Settings, float]:
+    """Time of one launch with each candidate and of emptying the L2 cache, which is the same for all.
+
+    In a graph, where starting a launch takes no time. No weight is in the cache, as between a model's layers.
+    """
     cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=f"cuda:{device}")
 
     def replay(choice: Settings) -> None:
-        # In a graph, where starting a launch takes no time; the L2 cache holds no weight, as between a model's layers.
         cold.zero_()
         run(choice)
 
-    milliseconds = {each: triton.testing.do_bench_cudagraph(partial(replay, each), rep=4) for each in candidates}
-    table[key] = min(milliseconds, key=milliseconds.__getitem__)
-    _keep(name, key, table[key])
-    return table[key]
+    return {each: triton.testing.do_bench_cudagraph(partial(replay, each), rep=4) for each in candidates}
 
 
 def _keep(device: str, key: str, settings: Settings) -> None:

@@ -1,0 +1,50 @@
+"""Writes the PTX of the Gluon kernels for compute capability 9.0 into a folder: python compile_kernels.py FOLDER."""
+
+import sys
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from bbb_ao.kernels.packed_linear.decode import decode_kernel
+from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
+
+CODES = {"ZB": 4, "H": 0.5, "EXPONENTS": False, "BIASED": True}
+
+
+def ptx(kernel, signature: dict[str, str], constants: dict[str, object], warps: int) -> str:
+    names = kernel.arg_names
+    types = {name: signature.get(name, "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] in "*i"}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, types, values, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+
+
+def decode(dtype: str, bits: int) -> str:
+    floats, codes = f"*{dtype}", "*u8"
+    signature = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), floats)
+    signature |= dict.fromkeys(("high_ptr", "mid_ptr", "low_ptr", "scale_ptr", "zero_ptr"), codes)
+    signature |= {"exponent_ptr": "*i32", "index_ptr": "*i32", "in_features": "i32", "N": "i32"}
+    constants = {**CODES, "NB": 16, "R": bits, "MASK": 2**bits - 1, "M": 1, "INDEXED": False, "TILES": 1, "WARPS": 4}
+    return ptx(decode_kernel, signature, constants, 4)
+
+
+def matmul(dtype: str, bits: int) -> str:
+    kind = gl.bfloat16 if dtype == "bf16" else gl.float16
+    x_layout = gl.NVMMASharedLayout.get_default_for([64, 64], kind)
+    words = f"tensordesc<i16[64, 16],{gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)!r}>"
+    signature = {"x_desc": f"tensordesc<{dtype}[64, 64],{x_layout!r}>", "bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    signature |= dict.fromkeys(("high_desc", "mid_desc", "low_desc"), words)
+    signature |= {"scale_ptr": "*u8", "zero_ptr": "*u8", "exponent_ptr": "*i32"}
+    signature |= dict.fromkeys(("M", "N", "NB", "SPLITS"), "i32")
+    constants = {**CODES, "R": bits, "MASK": 2**bits - 1, "BM": 64, "STAGES": 3, "SPLIT": False, "REGISTERS": 104}
+    return ptx(matmul_kernel, signature, constants, 4)
+
+
+if __name__ == "__main__":
+    for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2)):
+        for build in (decode, matmul):
+            (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))
