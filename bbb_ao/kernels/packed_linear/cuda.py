@@ -7,7 +7,8 @@ The rule, with M rows of x:
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
 The first two take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
-bits and slices that need no rounding (the half-step grid, or every stored bit); other layers always take the third way.
+bits, planes at an address that 16 divides, and slices that need no rounding (the half-step grid, or every stored bit);
+other layers always take the third way.
 """
 
 from functools import cache
@@ -27,6 +28,7 @@ from bbb_ao.kernels.packed_linear.warpgroup import add_splits_kernel, matmul_ker
 from bbb_ao.kernels.packed_row import expand_input
 from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
 
+ALIGNMENT = 16  # bytes, of what is copied in whole tiles
 GROUP_ROWS = 128  # of the weight in one program of `matmul_kernel`
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 DECODE_ROWS = 2
@@ -61,6 +63,7 @@ def packed_linear_cuda(
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, features)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
     planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
     settings = (bits, zero_point_bits, half_step, group_size)
     shape = (*x.shape[:-1], high.shape[0])
@@ -91,7 +94,7 @@ def fits_kernels(
         and features % BLOCK == 0
         and zero_point_bits in (0, 2, 4, 8)
         and (half_step or bits >= stored_bits(*planes[1:]))
-        and all(plane is None or plane.is_contiguous() for plane in planes)
+        and all(plane is None or (plane.is_contiguous() and plane.data_ptr() % ALIGNMENT == 0) for plane in planes)
         and capability >= (8, 0)
     )
 
