@@ -1,5 +1,8 @@
 """Launches of the fake quantization kernels: tensors in, tensors out, no autograd."""
 
+# pyright: reportAttributeAccessIssue=false
+# It does not see triton.knobs.
+
 from typing import Any, NamedTuple
 
 import torch

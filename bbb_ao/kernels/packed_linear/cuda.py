@@ -11,6 +11,9 @@ bits, planes at an address that 16 divides, and slices that need no rounding (th
 other layers always take the third way.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Triton types a launch as a call of the Python function.
+
 from functools import cache
 
 import torch
@@ -59,16 +62,15 @@ def packed_linear_cuda(
     group_size: int,
 ) -> Tensor:
     """See `packed_linear`."""
-    features = scale.shape[-1] * group_size
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
-    check_input(x, index, features)
+    check_input(x, index, scale.shape[-1] * group_size)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
     planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
     settings = (bits, zero_point_bits, half_step, group_size)
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
-    if not rows.shape[0] or not high.shape[0] or not fits_kernels(x.dtype, planes, features, settings, capability):
+    if not rows.shape[0] or not high.shape[0] or not fits_kernels(x.dtype, planes, scales, settings, capability):
         return dequantized_linear(x, planes, scales, index, bias, settings)
     if rows.shape[0] <= DECODE_ROWS or (capability != (9, 0) and rows.shape[0] <= PAIRED_ROWS):
         parts = [decode_linear(pair, planes, scales, index, bias, settings) for pair in rows.split(DECODE_ROWS)]
@@ -81,12 +83,14 @@ def packed_linear_cuda(
 def fits_kernels(
     dtype: torch.dtype,
     planes: tuple[Tensor, Tensor | None, Tensor | None],
-    features: int,
+    scales: tuple[Tensor, Tensor, Tensor | None],
     settings: tuple[int, int, bool, int],
     capability: tuple[int, int],
 ) -> bool:
     """Whether `decode` and `warpgroup` take this layer; the rule stands above."""
     bits, zero_point_bits, half_step, group_size = settings
+    scale, _, zero_point = scales
+    features = scale.shape[1] * group_size
     return (
         dtype in (torch.bfloat16, torch.float16)
         and group_size == GRANULE
@@ -95,6 +99,9 @@ def fits_kernels(
         and zero_point_bits in (0, 2, 4, 8)
         and (half_step or bits >= stored_bits(*planes[1:]))
         and all(plane is None or (plane.is_contiguous() and plane.data_ptr() % ALIGNMENT == 0) for plane in planes)
+        # Those of a block are read as one word.
+        and scale.data_ptr() % 4 == 0
+        and (zero_point is None or zero_point.data_ptr() % max(1, zero_point_bits // 2) == 0)
         and capability >= (8, 0)
     )
 
