@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bbb_ao.activations import fake_quantize_activation
 from bbb_ao.fake_quant_tensor import FakeQuantTensor
-from bbb_ao.grid import Grid, check_bits, round_learned, scale_and_zero_point
+from bbb_ao.grid import Grid, check_bits, group, round_learned, scale_and_zero_point
 from bbb_ao.splitting import check_index, expand_channels, merge_channels, split_channels
 
 
@@ -28,6 +28,7 @@ class QATLinear(nn.Linear):
         out_index: int32 or None; output rows duplicated for a consumer, an index as in `splitting` over out_features.
         padding: trailing stored columns that are padding.
         detach_scales: closed-form scales pass no gradient to the weight.
+        frozen_scale: the scale at which the codes were frozen, [out_features, groups], or None; see `freeze_codes`.
     """
 
     bits: int | None
@@ -40,6 +41,7 @@ class QATLinear(nn.Linear):
     out_index: Tensor | None
     scale: nn.Parameter | None
     zero_point: nn.Parameter | None
+    frozen_scale: Tensor | None = None
 
     @classmethod
     def from_linear(
@@ -93,8 +95,7 @@ class QATLinear(nn.Linear):
         host.register_parameter("scale", None)
         host.register_parameter("zero_point", None)
         if learned_scales:
-            scale, zero_point = scale_and_zero_point(host.weight.detach(), grid)
-            host.scale, host.zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
+            host.learn_scales()
         return host.train(linear.training)
 
     def _split(self, master: Tensor, bits: int | None) -> Tensor:
@@ -120,6 +121,39 @@ class QATLinear(nn.Linear):
         self.bits = bits
         self.act_bits = None if act_bits is None else check_bits(act_bits, "act_bits")
 
+    def learn_scales(self) -> None:
+        """Make scale and zero point parameters that start from the closed form; nothing where they are already."""
+        if self.scale is None:
+            scale, zero_point = scale_and_zero_point(self.weight.detach(), self.grid)
+            self.scale, self.zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
+
+    def freeze_codes(self) -> None:
+        """Keep every code as it is while the (from now on learned) scale moves: w = w_frozen * scale / frozen_scale.
+
+        The weight moves into the middle of its widest code's step first, so that no rounding of the quotient can change
+        the code. The gradient for the scale is then that of scale * (codes + h - zero_point) at fixed codes.
+        """
+        self.learn_scales()
+        with torch.no_grad():
+            scale, zero_point = self.rounded_scales()
+            widest = FakeQuantTensor(self.weight, scale, zero_point, self.grid.parent_bits, None, self.grid, 0)
+            self.weight.copy_(widest.dequantize())
+        self.frozen_scale = scale
+
+    def thaw_codes(self) -> None:
+        """Undo `freeze_codes`: the weight takes its values at the present scale, which keeps its codes."""
+        if self.frozen_scale is not None:
+            with torch.no_grad():
+                self.weight.copy_(self._master(self.rounded_scales()[0]))
+            self.frozen_scale = None
+
+    def _master(self, scale: Tensor) -> Tensor:
+        """The weight, rescaled where its codes are frozen."""
+        if self.frozen_scale is None:
+            return self.weight
+        ratio = scale / torch.where(self.frozen_scale == 0, torch.inf, self.frozen_scale)
+        return (group(self.weight, self.grid.group_size) * ratio.unsqueeze(-1)).flatten(1)
+
     @property
     def stored_features(self) -> int:
         """Columns of the stored weight: input channels, duplicates and padding."""
@@ -141,7 +175,8 @@ class QATLinear(nn.Linear):
             y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         else:
             scale, zero_point = self.rounded_scales()
-            weight = FakeQuantTensor(self.weight, scale, zero_point, self.bits, self.act_bits, self.grid, self.padding)
+            master = self._master(scale)
+            weight = FakeQuantTensor(master, scale, zero_point, self.bits, self.act_bits, self.grid, self.padding)
             y = F.linear(x, weight, self.bias)
         return y if self.out_index is None else expand_channels(y, self.out_index)
 

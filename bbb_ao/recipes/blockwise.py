@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
-from bbb_ao.recipes.optimization import Fit, autocast, fit, stream_dtype
+from bbb_ao.recipes.optimization import Fit, autocast, fit, stage_rows, stream_dtype
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall, Stream, advance, embed, record_calls, working_copy
 
@@ -29,7 +29,7 @@ class BlockRun:
 
     Attributes:
         teacher: the full-precision model, on the CPU; only the block at work is copied to the device.
-        sequences: [sequences, tokens], int64.
+        sequences: [sequences, tokens], int64; the last `generated` of them were written by the model itself.
         names, teacher_blocks, calls: of the decoder blocks, in order.
         entry: the stream that enters the first block.
         kept: the full-precision stream behind each block, kept for the next stage where all of them fit into
@@ -40,6 +40,7 @@ class BlockRun:
     sequences: Tensor
     recipe: Recipe
     device: torch.device
+    generated: int = 0
 
     def __post_init__(self) -> None:
         blocks = find_blocks(self.teacher)
@@ -105,6 +106,7 @@ def train_block_stage(
         one Fit for each block.
     """
     inputs = stream_widths(stage, higher, run.recipe)
+    chosen = stage_rows(stage, run.generated, len(run.sequences))
     teacher_stream = run.entry
     streams = dict.fromkeys(inputs, run.entry)
     fits = []
@@ -114,7 +116,18 @@ def train_block_stage(
         run_teacher = partial(run.run, call, teacher)
         following = run.behind(number, teacher_stream, teacher)
         loss_of = _block_loss(run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs)
-        fits.append(fit(student.eval(), stage, run.recipe, len(run.sequences), loss_of, seed + number, name, on_step))
+        fits.append(
+            fit(
+                student.eval(),
+                stage,
+                run.recipe,
+                len(chosen),
+                lambda rows, loss_of=loss_of: loss_of(chosen[rows]),
+                seed + number,
+                name,
+                on_step,
+            )
+        )
         if number + 1 < len(run.names):
             for width in streams:
                 set_training_bits(student, *width)

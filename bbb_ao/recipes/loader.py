@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bbb_ao.errors import RecipeError
 from bbb_ao.recipes import strict_yaml
-from bbb_ao.recipes.stages import SCHEMA, GridSettings, Recipe, Split, Stage
+from bbb_ao.recipes.stages import SCHEMA, Clip, GridSettings, Recipe, Split, Stage
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -26,7 +26,7 @@ EXPECTED = {
     "dataclass_type": "a mapping",
     "missing": "a value",
 }
-PARTS = {"grid": GridSettings, "split": Split, "stages": Stage}
+PARTS = {"grid": GridSettings, "split": Split, "clip": Clip, "stages": Stage}
 
 
 def shipped_recipes() -> tuple[str, ...]:
