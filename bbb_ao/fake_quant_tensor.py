@@ -21,7 +21,7 @@ class FakeQuantTensor(TorchAOBaseTensor):
         weight: [out_features, in_features], float32 master; scale, zero_point: [out_features, groups], rounded.
         bits: width of the weight; None leaves it as it is.
         act_bits: width of the activations; None leaves them as they are.
-        grid: the weight grid; activations use its kind and group size.
+        grid: the weight grid; activations use its group size and `activation_kind`.
         padding: trailing columns that are padding: activations there stay exactly zero.
     """
 
@@ -66,7 +66,8 @@ def _linear(func, types, args, kwargs):
     x, weight, *rest = args
     bias = rest[0] if rest else kwargs.get("bias")
     if weight.act_bits is not None:
-        x = fake_quantize_activation(x, weight.act_bits, weight.grid.group_size, weight.grid.kind, weight.padding)
+        grid = weight.grid
+        x = fake_quantize_activation(x, weight.act_bits, grid.group_size, grid.activation_kind, weight.padding)
     dense = weight.dequantize()
     # Autocast casts inside F.linear; without it the product runs in the activation's dtype.
     if not torch.is_autocast_enabled(x.device.type):

@@ -171,7 +171,8 @@ class QATLinear(nn.Linear):
             x = expand_channels(x, self.ocs_index)
         if self.bits is None:
             if self.act_bits is not None:
-                x = fake_quantize_activation(x, self.act_bits, self.grid.group_size, self.grid.kind, self.padding)
+                grid = self.grid
+                x = fake_quantize_activation(x, self.act_bits, grid.group_size, grid.activation_kind, self.padding)
             y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         else:
             scale, zero_point = self.rounded_scales()

@@ -44,7 +44,13 @@ class Prepared:
 def recipe_grid(recipe: Recipe) -> Grid:
     """The recipe's grid settings as the core's Grid."""
     settings = recipe.grid
-    return Grid(settings.kind, settings.group_size, settings.zero_point_bits, settings.scale_format)
+    return Grid(
+        settings.kind,
+        settings.group_size,
+        settings.zero_point_bits,
+        settings.scale_format,
+        act_kind=settings.act_kind,
+    )
 
 
 def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) -> Prepared:

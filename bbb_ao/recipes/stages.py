@@ -57,6 +57,7 @@ class GridSettings:
         group_size: weights along in_features that share one scale; a multiple of 32.
         zero_point_bits: bits of the stored zero offset, 0 (symmetric) to 8; always 2 on the integer grid.
         scale_format: "e4m3" (8 bits a group) or "float32" (32 bits a group, for studies).
+        act_kind: the activations' grid, "half_step" or "integer"; None takes that of the weights.
     """
 
     __pydantic_config__ = STRICT
@@ -64,6 +65,7 @@ class GridSettings:
     group_size: int = 32
     zero_point_bits: int = 4
     scale_format: Literal["e4m3", "float32"] = "e4m3"
+    act_kind: Literal["half_step", "integer"] | None = None
 
     def __post_init__(self) -> None:
         size, bits = self.group_size, self.zero_point_bits

@@ -45,7 +45,7 @@ def test_forward_equals_the_formula(
             assert torch.equal(stored, split_channels(linear.weight.detach(), index))
     scale, zero_point = scale_and_zero_point(stored, grid)
     if act_bits is not None:
-        columns = fake_quantize_activation(columns, act_bits, grid.group_size, grid.kind)
+        columns = fake_quantize_activation(columns, act_bits, grid.group_size, grid.activation_kind)
     if index is not None:
         columns = columns * (index != width)
     weight = fake_quantize_weight(stored, scale, zero_point, bits, grid)
