@@ -166,7 +166,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe's 
         recipe = load_recipe(shipped)
         schedule = " > ".join(stage.name for stage in recipe.stages)
         typer.echo(
-            f"{shipped:14} {recipe.description} [{schedule}; {recipe.sequences} x {recipe.sequence_length} tokens]"
+            f"{shipped:20} {recipe.description} [{schedule}; {recipe.sequences} x {recipe.sequence_length} tokens]"
         )
 
 
