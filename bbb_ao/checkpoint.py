@@ -62,12 +62,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_packed(model: Any, tokenizer: Any, path: str | Path, bits: int, recipe: str | None = None) -> None:
+def save_packed(model: Any, tokenizer: Any, path: str | Path, bits: int | None, recipe: str | None = None) -> None:
     """Save a converted model: plain safetensors, config with `quant_method: bitbybit`, tokenizer, resolved recipe.
 
     Args:
         model: a Hugging Face model whose decoder Linears are PackedLinears.
-        bits: the width at which the checkpoint opens.
+        bits: the width at which the checkpoint opens; None: every layer at its present one.
         recipe: YAML text stored beside the weights.
     Raises:
         ValueError: a layer does not store that width (the layer is named).
@@ -75,7 +75,7 @@ def save_packed(model: Any, tokenizer: Any, path: str | Path, bits: int, recipe:
     """
     check_output_directory(path)
     for name, layer in packed_linears(model).items():
-        layer.check_width(bits, f"{name}: ")
+        layer.check_width(layer.bits if bits is None else bits, f"{name}: ")
     attach_quantizer(model, bits)
 
     def write_recipe(folder: Path) -> None:
@@ -123,12 +123,16 @@ def _save(model: Any, tokenizer: Any, path: str | Path, extra: Callable[[Path], 
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One packed layer as stored. bits_per_weight counts planes, scales, zero points and index at the widest width."""
+    """One packed layer as stored.
+
+    bits: the width that it opens at; bits_per_weight: planes, scales, zero points and index at the widest width.
+    """
 
     name: str
     in_features: int
     out_features: int
     widths: tuple[int, ...]
+    bits: int | None
     act_bits: int | None
     split_channels: int
     bytes: int
@@ -176,6 +180,7 @@ def describe(path: str | Path) -> list[LayerDescription]:
                 shape["in_features"],
                 shape["out_features"],
                 tuple(stored_widths(quantization["grid"]["kind"], shape["max_bits"])),
+                shape.get("bits", config.get("bits")),
                 shape["act_bits"],
                 split,
                 sum(sizes[key] for key in own),
