@@ -1,0 +1,172 @@
+"""The quality benchmark: its lines, its rows, and that it survives being cut off."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import experiment_lines
+import pytest
+import quality
+import torch
+from experiment_lines import method_of, parse_recipe
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bbb_ao.errors import RecipeError
+from bbb_ao.recipes.loader import load_recipe, shipped_recipes
+from bbb_ao.recipes.stages import Clip, GridSettings, Split, Stage
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_is_the_loaders(name: str) -> None:
+    built = parse_recipe(f"{name}/seed=3/stages.*.lr=2e-4", 3)
+    loaded = load_recipe(name, ["seed=3", "stages.*.lr=2e-4", f"name={name}/seed=3/stages.*.lr=2e-4"])
+    assert built == loaded
+    assert method_of(f"{name}/seed=3") == name
+
+
+def test_a_schedule_of_its_own() -> None:
+    line = (
+        "128x512/8:0.5@1e-4/8+4+2*64,8,1:3/2a2:1/m2a2:1.5,objective=mixed_kl,text=both,batch_size=16/lr=6e-4/batch=2"
+        "/split=0.1/split.metric=weight/group_size=64/act_kind=integer/clip.asymmetric=true/generated=8/warmup=0"
+    )
+    recipe = parse_recipe(line, 7)
+    assert recipe.stages == (
+        Stage(weight_bits=8, epochs=0.5, lr=1e-4, batch_size=2),
+        Stage(weight_bits=(8, 4, 2), loss_weights=(64.0, 8.0, 1.0), epochs=3.0, lr=6e-4, batch_size=2),
+        Stage(weight_bits=2, act_bits=2, epochs=1.0, lr=6e-4, batch_size=2),
+        Stage(
+            scope="model",
+            weight_bits=2,
+            act_bits=2,
+            epochs=1.5,
+            lr=6e-4,
+            batch_size=16,
+            objective="mixed_kl",
+            text="both",
+        ),
+    )
+    assert (recipe.name, recipe.seed, recipe.sequences, recipe.sequence_length) == (line, 7, 128, 512)
+    assert recipe.split == Split(ratio_max=0.1, metric="weight")
+    assert recipe.grid == GridSettings(group_size=64, act_kind="integer")
+    assert (recipe.clip, recipe.generated, recipe.warmup) == (Clip(asymmetric=True), 8, 0)
+    assert parse_recipe("8x32/8+4:1", 0).default_bits == 4
+    assert method_of(line) == "bitbybit"
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("8x32/x2:1", ValueError, "stage: expected"),
+        ("8x32/2", ValueError, "stage: expected"),
+        ("8x32", RecipeError, "stages"),
+        ("8x32/2:1/group_size=48", RecipeError, "group_size"),
+        ("8x32/2:1,text=both", RecipeError, "generated"),
+        ("w2a16/2:1", ValueError, "takes settings"),
+        ("w2a61", RecipeError, "w2a61.yaml"),
+        ("8x32/2:1/nonsense=1", TypeError, "nonsense"),
+    ],
+)
+def test_lines_without_meaning_are_refused(line: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_recipe(line, 0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a token file."""
+    folder = tmp_path_factory.mktemp("quality")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    ids = torch.randint(60, (40, 32), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    save_file(
+        {"calibration": ids.flatten(), "evaluate.test": ids[:4].clone(), "evaluate.wikitext2": ids[4:8].clone()},
+        folder / "tokens",
+    )
+    return folder
+
+
+def call(place: Path, *arguments: object, **environment: str) -> str:
+    """Run the script in a process of its own, away from the checkout."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), *map(str, arguments)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "QUALITY_COMMIT": "c0ffee", "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run(
+    place: Path, output: str, *lines: str, more: tuple[object, ...] = (), **environment: str
+) -> list[dict[str, Any]]:
+    files = ("--model", place / "model", "--tokens", place / "tokens", "--output", place / output)
+    call(place, "run", *files, "--experiments", *lines, *more, **environment)
+    return json.loads((place / output).read_text())
+
+
+def test_rows_say_what_was_run(place: Path) -> None:
+    call(place, "generate", "--model", "model", "--tokens", "tokens", "--sequences", 3, "--length", 32, "--batch", 2)
+    assert load_file(place / "tokens")["generated"].shape == (3, 32)
+    lines = ("full-precision", "8x32/8+4+2:1/m8+4+2:1,text=both/generated=2/batch=4", "rtn")
+    rows = run(place, "a.json", *lines, more=("--seeds", 1, "--jobs", 2))
+    expected = {("full-precision", 2, 1), ("rtn", 2, 1)} | {("bitbybit", w, 1) for w in (8, 6, 4, 3, 2)}
+    assert {(row["method"], row["weight_bits"], row["seed"]) for row in rows} == expected
+    assert len(rows) == len(expected)
+    for row in rows:
+        assert row["recipe"] in lines
+        assert row["commit"] == "c0ffee"
+        assert row["test_ppl"] > 1
+        assert row["wikitext2_ppl"] > 1
+        trained = row["method"] == "bitbybit"
+        assert (row["calibration_tokens"], row["generated_tokens"]) == ((256, 64) if trained else (0, 0))
+        assert (row["bits_per_weight"] is None) == (row["method"] == "full-precision")
+        assert {"act_bits", "seconds", "peak_bytes", "device", "torch"} <= row.keys()
+    assert not list(place.glob("*.part*"))
+    table = call(place, "table", "--output", place / "a.json").splitlines()
+    assert len(table) == 2 + 1 + 5 + 1
+    assert any("| 8, 16 |" in line for line in table)
+
+
+def test_a_finished_run_is_passed_over_and_another_commit_is_not(place: Path) -> None:
+    line = "4x32/2:1"
+    first = run(place, "b.json", line, more=("--seeds", 0))
+    assert run(place, "b.json", line, more=("--seeds", 0)) == first
+    both = run(place, "b.json", line, "rtn", more=("--seeds", 0))
+    assert both[:1] == first
+    assert [row["recipe"] for row in both] == [line, "rtn"]
+    again = run(place, "b.json", line, more=("--seeds", 0), QUALITY_COMMIT="beef")
+    assert [(row["recipe"], row["commit"]) for row in again] == [("rtn", "c0ffee"), (line, "beef")]
+    # Everything but the time and the commit is the same again.
+    assert {k: v for k, v in again[1].items() if k not in ("seconds", "commit")} == {
+        k: v for k, v in first[0].items() if k not in ("seconds", "commit")
+    }
+
+
+def test_every_seed_runs_every_line_but_references_once() -> None:
+    rows = [{"recipe": "rtn", "seed": 0, "commit": quality.commit()}, {"recipe": "a", "seed": 0, "commit": "other"}]
+    pending = quality.pending_runs(rows, ["full-precision", "rtn", "a", "a"], [0, 1])
+    assert pending == [("full-precision", 0), ("a", 0), ("rtn", 1), ("a", 1)]
+
+
+def test_a_run_that_takes_too_long_leaves_the_others(place: Path) -> None:
+    lines = ("rtn", "8x32/2:100000")
+    rows = run(place, "c.json", *lines, more=("--seeds", 0, "--jobs", 2, "--timeout", 45))
+    assert [row["recipe"] for row in rows] == ["rtn"]
+    assert not list(place.glob("*.part*"))
+
+
+def test_rows_that_are_committed_have_their_fields() -> None:
+    rows = quality.read_rows(ROOT / "benchmarks" / "results" / "quality.json")
+    fields = "method recipe weight_bits act_bits seed test_ppl wikitext2_ppl bits_per_weight calibration_tokens"
+    needed = {*fields.split(), "seconds", "peak_bytes", "commit"}
+    assert rows
+    for row in rows:
+        assert needed <= row.keys()
+        assert row["method"] == experiment_lines.method_of(row["recipe"])
