@@ -89,39 +89,62 @@ def train(
 @app.command("eval", cls=SpreadCommand)
 def evaluate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Model or checkpoint directory.")],
-    data: DataOption,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="FILE...", help="Text for perplexity, as in train.")
+    ] = None,
     bits: Annotated[
         list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Weight widths to run at.")
     ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(metavar="NAME...", help="Tasks of lm-eval to run.")] = None,
+    task_dir: Annotated[str, typer.Option(metavar="DIR", help="Folder of their YAML files; trust it like code.")] = ".",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     window: WindowOption = None,
     batch: BatchOption = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first so many windows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate the first so many windows, and documents of a task.")
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Perplexity on DATA: windows that do not overlap, mean cross-entropy in float32."""
+    """Perplexity on DATA (windows that do not overlap, mean cross-entropy in float32), and tasks of lm-eval."""
     from bbb_ao.modeldir import check_model_directory
 
+    if not data and not tasks:
+        raise RecipeError("--data: expected text, or --tasks, got neither; fix: give one of them")
     config = check_model_directory(directory, allow_bitbybit=True)
     widths = _widths(directory, config, bits)
     tokens = _window(directory, config, window)
-    from bbb_ao.recipes.data import evaluation_windows
+    if tasks:
+        from bbb_ao.recipes.harness import check_harness
+
+        check_harness(task_dir)
     from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 
-    place = choose_device(device)
-    windows = evaluation_windows(load_tokenizer(directory), data, tokens, limit, config.get("vocab_size"))
+    place, tokenizer = choose_device(device), load_tokenizer(directory)
+    windows = None
+    if data:
+        from bbb_ao.recipes.data import evaluation_windows
+
+        windows = evaluation_windows(tokenizer, data, tokens, limit, config.get("vocab_size"))
     model = load_model(directory, "float32").to(place)
     from bbb_ao.packed_linear import set_bits
     from bbb_ao.recipes.evaluate import perplexity
 
-    name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data)
+    name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data or ())
     for width in widths:
         if bits and isinstance(width, int):
             set_bits(model, width)
-        value = perplexity(model, windows, batch, place)
-        count = windows[:, 1:].numel()
-        row = {"bits": width, "ppl": round(value, 4), "tokens": count, "windows": len(windows), "data": name}
-        typer.echo(json.dumps(row) if as_json else _sentence(row))
+        rows: list[dict[str, Any]] = []
+        if windows is not None:
+            value = perplexity(model, windows, batch, place)
+            facts = {"tokens": windows[:, 1:].numel(), "windows": len(windows), "data": name}
+            rows.append({"ppl": round(value, 4), **facts})
+        if tasks:
+            from bbb_ao.recipes.harness import evaluate_tasks
+
+            rows += evaluate_tasks(model, tokenizer, tasks, task_dir, batch, limit, place)
+        for row in rows:
+            row = {"bits": width, **row}
+            typer.echo(json.dumps(row) if as_json else _sentence(row))
 
 
 @app.command(cls=SpreadCommand)
@@ -253,6 +276,9 @@ def _window(directory: str, config: dict[str, Any], window: int | None) -> int:
 
 def _sentence(row: dict[str, Any]) -> str:
     width = {None: "full precision", "mixed": "mixed widths"}.get(row["bits"], f"{row['bits']} bits")
+    if "task" in row:
+        error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
+        return f"{width}: {row['task']} {row['metric']} {row['value']:.4f}{error} ({row['samples']} samples)"
     return f"{width}: perplexity {row['ppl']:.4f} ({row['windows']} windows, {row['tokens']} tokens, {row['data']})"
 
 
