@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
-from bbb_ao.recipes.optimization import Fit, autocast, fit, stage_rows, stream_dtype
+from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows, stream_dtype
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall, Stream, advance, embed, record_calls, working_copy
 
@@ -115,19 +115,11 @@ def train_block_stage(
         student = student_model.get_submodule(name).to(run.device)
         run_teacher = partial(run.run, call, teacher)
         following = run.behind(number, teacher_stream, teacher)
-        loss_of = _block_loss(run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs)
-        fits.append(
-            fit(
-                student.eval(),
-                stage,
-                run.recipe,
-                len(chosen),
-                lambda rows, loss_of=loss_of: loss_of(chosen[rows]),
-                seed + number,
-                name,
-                on_step,
-            )
+        loss_of = _block_loss(
+            run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs, chosen
         )
+        with codes_kept(student, stage):
+            fits.append(fit(student.eval(), stage, run.recipe, len(chosen), loss_of, seed + number, name, on_step))
         if number + 1 < len(run.names):
             for width in streams:
                 set_training_bits(student, *width)
@@ -152,14 +144,16 @@ def _block_loss(
     leaving: Stream,
     streams: dict[tuple[int | None, int | None], Stream],
     inputs: list[tuple[int | None, int | None]],
+    chosen: Tensor,
 ) -> Callable[[Tensor], Tensor]:
-    """The loss of a micro-batch of sequence numbers, summed over the stage's widths with their weights."""
+    """The loss of a micro-batch of positions in `chosen`, summed over the stage's widths with their weights."""
     own_inputs = run.recipe.target_stream == "student"
     change = _mean_change(entering, leaving, run.micro_batch)
     factors = stage.loss_weights or (1.0,) * len(stage.widths)
     snapshot = {width: streams[width] for width in inputs}
 
-    def loss_of(rows: Tensor) -> Tensor:
+    def loss_of(positions: Tensor) -> Tensor:
+        rows = chosen[positions]
         shared = None if own_inputs else leaving.read(rows, run.device)
         total = torch.zeros((), device=run.device)
         for width, source, factor in zip(stage.widths, inputs, factors, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
-from bbb_ao.recipes.optimization import Fit, autocast, fit, stage_rows
+from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows
 from bbb_ao.recipes.stages import Recipe, Stage
 
 
@@ -86,7 +86,8 @@ def train_model_stage(
     student.to(device).eval()
     try:
         loss_of = _model_loss(teacher, student, sequences, stage, recipe, device)
-        return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step)
+        with codes_kept(blocks, stage):
+            return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step)
     finally:
         set_training_bits(student, stage.widths[-1], stage.act_bits)
         student.requires_grad_(False).to("cpu")

@@ -136,7 +136,7 @@ class TailAverage:
 
 @contextmanager
 def codes_kept(module: nn.Module, stage: Stage) -> Iterator[None]:
-    """In a stage with `train: scales`, keep every code as it is; see `QATLinear.freeze_codes`."""
+    """In a stage with `train: scales`, keep every code below `module` as it is; see `QATLinear.freeze_codes`."""
     linears = qat_linears(module).values() if stage.train == "scales" else ()
     for linear in linears:
         linear.freeze_codes()
@@ -184,20 +184,6 @@ def fit(
         NumericsError: a loss, or at the end a parameter, that is NaN or infinite; the message names `where` and the
             step (from 1).
     """
-    with codes_kept(module, stage):
-        return _fit(module, stage, recipe, count, loss_of, seed, where, on_step)
-
-
-def _fit(
-    module: nn.Module,
-    stage: Stage,
-    recipe: Recipe,
-    count: int,
-    loss_of: Callable[[Tensor], Tensor],
-    seed: int,
-    where: str,
-    on_step: Callable[[int, int, Callable[[], float]], None] | None,
-) -> Fit:
     groups = trainable_groups(module, stage, recipe.train_norms)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0)
