@@ -4,6 +4,7 @@
         --output F
     python benchmarks/quality.py generate --model DIR --tokens F --sequences 2048 --length 1024
     python benchmarks/quality.py run --model DIR --tokens F --experiments rtn 128x512/8:1/4:1/2:2/split=0.17 --jobs 16
+    python benchmarks/quality.py run --model DIR --tokens F --experiments @benchmarks/ablations/w2a16.txt --jobs 16
     python benchmarks/quality.py table
 
 `tokens` needs the whole package; the others neither pydantic nor datasets, so that they work on a bare GPU machine.
@@ -169,11 +170,11 @@ def run_one(
 def run(arguments: argparse.Namespace) -> None:
     """Run line by line in this process; results are appended to the output after each."""
     device, model = _device(), _load(arguments.model)
-    tokens = load_file(arguments.tokens)
+    tokens, label = load_file(arguments.tokens), Path(arguments.tokens).name
     output = Path(arguments.output)
     rows = read_rows(output)
-    for name, seed in pending_runs(rows, arguments.experiments, arguments.seeds):
-        found = run_one(name, seed, model, tokens, device)
+    for name, seed in pending_runs(rows, arguments.experiments, arguments.seeds, label):
+        found = [row | {"tokens": label} for row in run_one(name, seed, model, tokens, device)]
         for row in found:
             figures = " ".join(f"{key} {value:.3f}" for key, value in row.items() if key.endswith("_ppl"))
             print(f"{name:40} W{row['weight_bits']} seed {seed} {figures} {row['seconds']:.0f} s", flush=True)
@@ -188,7 +189,7 @@ def run_in_parallel(arguments: argparse.Namespace) -> None:
     """
     output, start = Path(arguments.output), time.monotonic()
     rows = read_rows(output)
-    pending = pending_runs(rows, arguments.experiments, arguments.seeds)
+    pending = pending_runs(rows, arguments.experiments, arguments.seeds, Path(arguments.tokens).name)
     environment = os.environ | {"QUALITY_COMMIT": commit()}
     environment.setdefault("OMP_NUM_THREADS", "1")
     running: list[tuple[subprocess.Popen, Path, str, float]] = []
@@ -225,12 +226,19 @@ def run_in_parallel(arguments: argparse.Namespace) -> None:
         print(f"{len(pending)} runs were not started; run the same command again", flush=True)
 
 
-def pending_runs(rows: list[dict[str, Any]], lines: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+def run_of(row: dict[str, Any]) -> tuple[str, int, str | None]:
+    """What tells runs apart: line, seed and name of the token file."""
+    return row["recipe"], row["seed"], row.get("tokens")
+
+
+def pending_runs(
+    rows: list[dict[str, Any]], lines: Sequence[str], seeds: Sequence[int], tokens: str
+) -> list[tuple[str, int]]:
     """The (line, seed) pairs that have no row of this commit yet, seed by seed; a reference has no seeds."""
     present = commit()
-    done = {(row["recipe"], row["seed"]) for row in rows if row["commit"] == present}
+    done = {run_of(row) for row in rows if row["commit"] == present}
     wanted = [(line, seed) for seed in seeds for line in lines if line not in REFERENCES or seed == seeds[0]]
-    return [pair for pair in dict.fromkeys(wanted) if pair not in done]
+    return [pair for pair in dict.fromkeys(wanted) if (*pair, tokens) not in done]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -239,8 +247,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write `found` in the place of older rows of the same runs, in one step, and return all rows."""
-    again = {(row["recipe"], row["seed"]) for row in found}
-    rows = [row for row in rows if (row["recipe"], row["seed"]) not in again] + found
+    again = set(map(run_of, found))
+    rows = [row for row in rows if run_of(row) not in again] + found
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(rows, indent=1) + "\n")
     partial.replace(path)
@@ -251,13 +259,14 @@ def print_table(arguments: argparse.Namespace) -> None:
     """Means over the seeds as Markdown, with the spread (largest minus smallest) behind the first figure."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in read_rows(Path(arguments.output)):
-        groups[row["recipe"], row["weight_bits"], row["act_bits"]].append(row)
-    print("| recipe | W, A | test | spread | WikiText-2 | bits per weight | seeds | seconds | peak GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (recipe, bits, act_bits), rows in groups.items():
+        groups[row["recipe"], row.get("tokens"), row["weight_bits"], row["act_bits"]].append(row)
+    print("| recipe | text | W, A | test | spread | WikiText-2 | bits per weight | seeds | seconds | peak GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for (recipe, tokens, bits, act_bits), rows in groups.items():
         test = [row["test_ppl"] for row in rows]
         cells = [
             recipe,
+            tokens or "-",
             f"{bits}, {act_bits or 16}",
             f"{sum(test) / len(test):.2f}",
             f"{max(test) - min(test):.2f}",
@@ -285,8 +294,18 @@ def _load(directory: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes arguments from a file named @FILE: one a line, without what follows a #."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(fromfile_prefix_chars="@", **settings)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return arg_line.partition("#")[0].split()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True)
     tokens = commands.add_parser("tokens", help="tokenize text for `run`")
     tokens.add_argument("--model", required=True)

@@ -131,7 +131,7 @@ def test_rows_say_what_was_run(place: Path) -> None:
     assert not list(place.glob("*.part*"))
     table = call(place, "table", "--output", place / "a.json").splitlines()
     assert len(table) == 2 + 1 + 5 + 1
-    assert any("| 8, 16 |" in line for line in table)
+    assert any("| tokens | 8, 16 |" in line for line in table)
 
 
 def test_a_finished_run_is_passed_over_and_another_commit_is_not(place: Path) -> None:
@@ -150,8 +150,10 @@ def test_a_finished_run_is_passed_over_and_another_commit_is_not(place: Path) ->
 
 
 def test_every_seed_runs_every_line_but_references_once() -> None:
-    rows = [{"recipe": "rtn", "seed": 0, "commit": quality.commit()}, {"recipe": "a", "seed": 0, "commit": "other"}]
-    pending = quality.pending_runs(rows, ["full-precision", "rtn", "a", "a"], [0, 1])
+    done = {"recipe": "rtn", "seed": 0, "commit": quality.commit(), "tokens": "t"}
+    rows = [done, {"recipe": "a", "seed": 0, "commit": "other", "tokens": "t"}]
+    assert quality.pending_runs(rows, ["rtn"], [0], "other text") == [("rtn", 0)]
+    pending = quality.pending_runs(rows, ["full-precision", "rtn", "a", "a"], [0, 1], "t")
     assert pending == [("full-precision", 0), ("a", 0), ("rtn", 1), ("a", 1)]
 
 
@@ -160,6 +162,20 @@ def test_a_run_that_takes_too_long_leaves_the_others(place: Path) -> None:
     rows = run(place, "c.json", *lines, more=("--seeds", 0, "--jobs", 2, "--timeout", 45))
     assert [row["recipe"] for row in rows] == ["rtn"]
     assert not list(place.glob("*.part*"))
+
+
+ABLATIONS = sorted((ROOT / "benchmarks" / "ablations").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_line_of_the_ablations_has_a_meaning(path: Path) -> None:
+    parser = quality.Parser()
+    parser.add_argument("--experiments", nargs="+")
+    lines = parser.parse_args(["--experiments", f"@{path}"]).experiments
+    assert len(set(lines)) == len(lines)
+    for line in lines:
+        if line not in experiment_lines.REFERENCES:
+            assert parse_recipe(line, 0).name == line
 
 
 def test_rows_that_are_committed_have_their_fields() -> None:
