@@ -1,9 +1,8 @@
 """The quality benchmark: its lines, its rows, and that it survives being cut off."""
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,28 +93,37 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(place: Path, *arguments: object, **environment: str) -> str:
-    """Run the script in a process of its own, away from the checkout."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), *map(str, arguments)]
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "QUALITY_COMMIT": "c0ffee", "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function: arguments of the script -> what it prints, with the folder as working directory."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("QUALITY_COMMIT", "c0ffee")
+
+    def run_main(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, arguments)])
+        capsys.readouterr()
+        quality.main()
+        return capsys.readouterr().out
+
+    return run_main
 
 
-def run(
-    place: Path, output: str, *lines: str, more: tuple[object, ...] = (), **environment: str
-) -> list[dict[str, Any]]:
-    files = ("--model", place / "model", "--tokens", place / "tokens", "--output", place / output)
-    call(place, "run", *files, "--experiments", *lines, *more, **environment)
-    return json.loads((place / output).read_text())
+@pytest.fixture
+def run(call: Callable[..., str], place: Path) -> Callable[..., list[dict[str, Any]]]:
+    """A function: output and lines -> the rows in the output after running them."""
+
+    def run_lines(output: str, *lines: str, more: tuple[object, ...] = ()) -> list[dict[str, Any]]:
+        call("run", "--model", "model", "--tokens", "tokens", "--output", output, "--experiments", *lines, *more)
+        return json.loads((place / output).read_text())
+
+    return run_lines
 
 
-def test_rows_say_what_was_run(place: Path) -> None:
-    call(place, "generate", "--model", "model", "--tokens", "tokens", "--sequences", 3, "--length", 32, "--batch", 2)
+def test_rows_say_what_was_run(place: Path, call, run) -> None:
+    call("generate", "--model", "model", "--tokens", "tokens", "--sequences", 3, "--length", 32, "--batch", 2)
     assert load_file(place / "tokens")["generated"].shape == (3, 32)
     lines = ("full-precision", "8x32/8+4+2:1/m8+4+2:1,text=both/generated=2/batch=4", "rtn")
-    rows = run(place, "a.json", *lines, more=("--seeds", 1, "--jobs", 2))
+    rows = run("a.json", *lines, more=("--seeds", 1))
     expected = {("full-precision", 2, 1), ("rtn", 2, 1)} | {("bitbybit", w, 1) for w in (8, 6, 4, 3, 2)}
     assert {(row["method"], row["weight_bits"], row["seed"]) for row in rows} == expected
     assert len(rows) == len(expected)
@@ -128,20 +136,20 @@ def test_rows_say_what_was_run(place: Path) -> None:
         assert (row["calibration_tokens"], row["generated_tokens"]) == ((256, 64) if trained else (0, 0))
         assert (row["bits_per_weight"] is None) == (row["method"] == "full-precision")
         assert {"act_bits", "seconds", "peak_bytes", "device", "torch"} <= row.keys()
-    assert not list(place.glob("*.part*"))
-    table = call(place, "table", "--output", place / "a.json").splitlines()
+    table = call("table", "--output", "a.json").splitlines()
     assert len(table) == 2 + 1 + 5 + 1
     assert any("| tokens | 8, 16 |" in line for line in table)
 
 
-def test_a_finished_run_is_passed_over_and_another_commit_is_not(place: Path) -> None:
+def test_a_finished_run_is_passed_over_and_another_commit_is_not(run, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "4x32/2:1"
-    first = run(place, "b.json", line, more=("--seeds", 0))
-    assert run(place, "b.json", line, more=("--seeds", 0)) == first
-    both = run(place, "b.json", line, "rtn", more=("--seeds", 0))
+    first = run("b.json", line, more=("--seeds", 0))
+    assert run("b.json", line, more=("--seeds", 0)) == first
+    both = run("b.json", line, "rtn", more=("--seeds", 0))
     assert both[:1] == first
     assert [row["recipe"] for row in both] == [line, "rtn"]
-    again = run(place, "b.json", line, more=("--seeds", 0), QUALITY_COMMIT="beef")
+    monkeypatch.setenv("QUALITY_COMMIT", "beef")
+    again = run("b.json", line, more=("--seeds", 0))
     assert [(row["recipe"], row["commit"]) for row in again] == [("rtn", "c0ffee"), (line, "beef")]
     # Everything but the time and the commit is the same again.
     assert {k: v for k, v in again[1].items() if k not in ("seconds", "commit")} == {
@@ -157,11 +165,48 @@ def test_every_seed_runs_every_line_but_references_once() -> None:
     assert pending == [("full-precision", 0), ("a", 0), ("rtn", 1), ("a", 1)]
 
 
-def test_a_run_that_takes_too_long_leaves_the_others(place: Path) -> None:
-    lines = ("rtn", "8x32/2:100000")
-    rows = run(place, "c.json", *lines, more=("--seeds", 0, "--jobs", 2, "--timeout", 45))
-    assert [row["recipe"] for row in rows] == ["rtn"]
+STUB = """
+import json, os, sys, time
+given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+line = given["--experiments"]
+if line == "slow":
+    time.sleep(100)
+if line == "wrong":
+    sys.exit(3)
+row = {"recipe": line, "seed": int(given["--seeds"]), "commit": os.environ["QUALITY_COMMIT"], "tokens": "tokens"}
+open(given["--output"], "w").write(json.dumps([row]))
+"""
+
+
+def test_runs_side_by_side_are_limited_and_gathered(
+    place: Path, call, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(quality, "__file__", str(tmp_path / "stub.py"))
+    rows = run("c.json", "slow", "a", "wrong", "b", more=("--seeds", 0, 1, "--jobs", 3, "--timeout", 5))
+    assert {(row["recipe"], row["seed"], row["commit"]) for row in rows} == {
+        (line, seed, "c0ffee") for line in "ab" for seed in (0, 1)
+    }
+    arguments = (
+        "run",
+        "--model",
+        "model",
+        "--tokens",
+        "tokens",
+        "--output",
+        "c.json",
+        "--experiments",
+        "a",
+        "slow",
+        "d",
+    )
+    printed = call(*arguments, "wrong", "--seeds", 0, "--jobs", 2, "--deadline", 4)
+    assert "slow seed 0: ended after" in printed
+    assert "wrong seed 0: failed with code 3" in printed
+    assert [row["recipe"] for row in quality.read_rows(place / "c.json")][-1] == "d"
     assert not list(place.glob("*.part*"))
+    late = call(*arguments, "e", "--seeds", 0, "--jobs", 2, "--deadline", 0)
+    assert late == "2 runs were not started; run the same command again\n"
 
 
 ABLATIONS = sorted((ROOT / "benchmarks" / "ablations").glob("*.txt"))
