@@ -10,14 +10,13 @@
 `tokens` needs the whole package; the others neither pydantic nor datasets, so that they work on a bare GPU machine.
 Lines of experiments are those of `experiment_lines.py`. `run` writes as each run ends and passes over runs whose rows
 are there already at this commit, so that the same command continues what was cut off. Where there is no checkout, the
-environment variable QUALITY_COMMIT names the commit.
+environment variable COMMIT names the commit.
 """
 
 import argparse
 import copy
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environment import commit, environment
 from experiment_lines import REFERENCES, method_of, parse_recipe
 from safetensors.torch import load_file, save_file
 
@@ -44,21 +44,6 @@ from bbb_ao.storage import footprint
 RESULTS = "benchmarks/results/quality.json"
 # What a checkpoint of several widths is measured at.
 NESTED = (8, 6, 4, 3, 2)
-
-
-def commit() -> str:
-    """$QUALITY_COMMIT, or the checked-out commit, with "-dirty" where files differ from it, or "unknown"."""
-    if named := os.environ.get("QUALITY_COMMIT"):
-        return named
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def write_tokens(arguments: argparse.Namespace) -> None:
@@ -143,9 +128,7 @@ def run_one(
     shared = facts | {
         "seconds": time.perf_counter() - start,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "commit": commit(),
-        **versions(),
+        **environment(seed),
     }
     last, rows = recipe.stages[-1], []
     between = [width for width in NESTED if last.widths[-1] < width < last.widths[0]]
@@ -158,7 +141,7 @@ def run_one(
             if key.startswith("evaluate.")
         }
         labels = {"method": method_of(name), "recipe": name, "weight_bits": width, "act_bits": last.act_bits}
-        rows.append({**labels, "seed": seed, **figures, "bits_per_weight": None, **shared})
+        rows.append({**labels, **figures, "bits_per_weight": None, **shared})
     # float32 scales, of studies, have no packed form.
     if name not in REFERENCES and recipe.grid.scale_format == "e4m3":
         packed = convert_model(student.cpu(), last.widths[0])
@@ -190,8 +173,8 @@ def run_in_parallel(arguments: argparse.Namespace) -> None:
     output, start = Path(arguments.output), time.monotonic()
     rows = read_rows(output)
     pending = pending_runs(rows, arguments.experiments, arguments.seeds, Path(arguments.tokens).name)
-    environment = os.environ | {"QUALITY_COMMIT": commit()}
-    environment.setdefault("OMP_NUM_THREADS", "1")
+    variables = os.environ | {"COMMIT": commit()}
+    variables.setdefault("OMP_NUM_THREADS", "1")
     running: list[tuple[subprocess.Popen, Path, str, float]] = []
     try:
         while running or (pending and time.monotonic() - start < arguments.deadline):
@@ -200,7 +183,7 @@ def run_in_parallel(arguments: argparse.Namespace) -> None:
                 part = output.with_suffix(f".{os.getpid()}-{len(pending)}.part")
                 command = [sys.executable, __file__, "run", "--model", arguments.model, "--tokens", arguments.tokens]
                 command += ["--experiments", name, "--seeds", str(seed), "--output", str(part)]
-                process = subprocess.Popen(command, env=environment)
+                process = subprocess.Popen(command, env=variables)
                 running.append((process, part, f"{name} seed {seed}", time.monotonic()))
             time.sleep(0.2)
             for item in running[:]:

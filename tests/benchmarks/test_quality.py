@@ -97,7 +97,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """A function: arguments of the script -> what it prints, with the folder as working directory."""
     monkeypatch.chdir(place)
-    monkeypatch.setenv("QUALITY_COMMIT", "c0ffee")
+    monkeypatch.setenv("COMMIT", "c0ffee")
 
     def run_main(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, arguments)])
@@ -148,7 +148,7 @@ def test_a_finished_run_is_passed_over_and_another_commit_is_not(run, monkeypatc
     both = run("b.json", line, "rtn", more=("--seeds", 0))
     assert both[:1] == first
     assert [row["recipe"] for row in both] == [line, "rtn"]
-    monkeypatch.setenv("QUALITY_COMMIT", "beef")
+    monkeypatch.setenv("COMMIT", "beef")
     again = run("b.json", line, more=("--seeds", 0))
     assert [(row["recipe"], row["commit"]) for row in again] == [("rtn", "c0ffee"), (line, "beef")]
     # Everything but the time and the commit is the same again.
@@ -173,7 +173,7 @@ if line == "slow":
     time.sleep(100)
 if line == "wrong":
     sys.exit(3)
-row = {"recipe": line, "seed": int(given["--seeds"]), "commit": os.environ["QUALITY_COMMIT"], "tokens": "tokens"}
+row = {"recipe": line, "seed": int(given["--seeds"]), "commit": os.environ["COMMIT"], "tokens": "tokens"}
 open(given["--output"], "w").write(json.dumps([row]))
 """
 

@@ -12,6 +12,7 @@ import bbb_ao.huggingface  # noqa: F401  registers the quantizer
 from bbb_ao.checkpoint import describe, save_packed
 from bbb_ao.convert import convert_model
 from bbb_ao.errors import ModelError, NumericsError, RecipeError
+from bbb_ao.packed_head import pack_head
 from bbb_ao.packed_linear import packed_linears, set_bits, set_layer_bits
 from bbb_ao.recipes import allocation
 from bbb_ao.recipes.allocation import assign_checkpoint, assign_widths, measure_sensitivity
@@ -127,6 +128,27 @@ def test_widths_are_set_by_name_or_not_at_all(packed):
         with pytest.raises(ValueError, match=r"set_layer_bits|bits"):
             set_layer_bits(packed, widths)
         assert {layer.bits for layer in packed_linears(packed).values()} == {2}
+
+
+def test_a_packed_head_keeps_its_width(make_model, make_recipe, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(allocation, "load_tokenizer", lambda directory: None)
+    model = pack_head(make_packed(make_model, make_recipe), 4)
+    head = layer_footprint(packed_linears(model)["lm_head"])
+    with pytest.raises(ValueError, match="a difference in lm_head"):
+        set_layer_bits(model, dict.fromkeys(packed_linears(model), 2))
+    save_packed(set_bits(model, 8), None, tmp_path / "all", 8)
+    found = assign_checkpoint(tmp_path / "all", tmp_path / "mixed", ids, WIDTHS, "kl", 3, True, CPU, bits_per_weight=4)
+    assert "lm_head" not in found.widths
+    assert len(set(found.widths.values())) > 1
+    # The budget is for all that is read, the head with it.
+    layers = packed_linears(model)
+    read = sum((layer_footprint(layers[name], width) for name, width in found.widths.items()), head)
+    assert found.bits_per_weight == read.bits_per_weight <= 4
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
+    assert {name: layer.bits for name, layer in packed_linears(loaded).items()} == found.widths | {"lm_head": 4}
+    assert torch.equal(logits(loaded, ids), logits(set_layer_bits(model, found.widths), ids))
+    rows = {row.name: (row.bits, row.fixed_bits) for row in describe(tmp_path / "mixed")}
+    assert rows == {name: (width, False) for name, width in found.widths.items()} | {"lm_head": (4, True)}
 
 
 @pytest.fixture
