@@ -10,6 +10,7 @@ import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from bbb_ao.kernels.fake_quantize import triton_kernels
+from bbb_ao.kernels.fake_quantize.reference import SCALE_UP_BITS
 
 # Untyped: without Triton at hand, a type checker sees plain functions, which take no launch grid.
 kernels: Any = triton_kernels
@@ -66,6 +67,7 @@ def _arguments(x: Tensor, settings: Settings) -> tuple[tuple[int], dict[str, int
         "SYMMETRIC": settings.half_step and settings.zero_point_bits == 0 and not settings.activation,
         "ZERO_LEVELS": 2**settings.zero_point_bits,
         "E4M3": settings.e4m3,
+        "UP": settings.activation and settings.bits >= SCALE_UP_BITS,
         "ACTIVATION": settings.activation,
         "PADDED": settings.padding > 0,
         "GROUP": settings.group_size,

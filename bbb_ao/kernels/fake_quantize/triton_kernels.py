@@ -6,7 +6,7 @@ Weights and activations are the same arithmetic in different units. The zero off
 of UNIT bits (2 for weights, the width itself for activations), codes are taken at PARENT bits and sliced to BITS. A
 whole weight is one row, and so is a token:
 
-    scale = (high - low) / SPAN, rounded to E4M3 times a power of two of the row
+    scale = (high - low) / SPAN, rounded to E4M3 times a power of two of the row, with UP never down
     half-step:  zero = 2**(UNIT-1) - (low + high) / (2 scale), weights: to a multiple of 2**UNIT / ZERO_LEVELS
     integer:    zero = floor(-low / scale + 1/2)
     step = scale * 2**(UNIT-BITS), offset = zero * 2**(BITS-UNIT)
@@ -42,13 +42,22 @@ def _scale_exponent(bits):
 
 
 @triton.jit
-def _round_e4m3(scale, exponent):
-    """`scales.round_scale`: to the nearest e4m3 * 2**exponent, positive numbers never to 0; NaN where not finite."""
+def _round_e4m3(scale, exponent, UP: tl.constexpr):
+    """`scales.round_scale`: to the nearest e4m3 * 2**exponent, or with UP to the next one that is not smaller.
+
+    Positive numbers never become 0, and NaN and infinity become NaN.
+    """
     ratio = tl.minimum(tl.maximum(scale * _power_of_two(-exponent), 2.0**-9), 448.0)
     bits = ratio.to(tl.int32, bitcast=True)
     # Three bits of mantissa are kept, to nearest even; below 2**-6 the step is 2**-9, that of float32 at 24576.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    rounded = tl.where(ratio < 2.0**-6, (ratio + 24576.0) - 24576.0, normal)
+    subnormal = (ratio + 24576.0) - 24576.0
+    if UP:
+        bits = bits + 0xFFFFF
+        subnormal = tl.where(subnormal < ratio, subnormal + 2.0**-9, subnormal)
+    else:
+        bits = bits + 0x7FFFF + ((bits >> 20) & 1)
+    normal = (bits & -0x100000).to(tl.float32, bitcast=True)
+    rounded = tl.where(ratio < 2.0**-6, subnormal, normal)
     finite = (scale > 0) & (scale < float("inf"))
     return tl.where(finite, rounded * _power_of_two(exponent), scale * 0.0)
 
@@ -216,6 +225,7 @@ def forward_kernel(
     SYMMETRIC: tl.constexpr,
     ZERO_LEVELS: tl.constexpr,
     E4M3: tl.constexpr,
+    UP: tl.constexpr,
     SHORT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PADDED: tl.constexpr,
@@ -233,7 +243,7 @@ def forward_kernel(
     else:
         low, high, scale, _ = _span_scale(x, SPAN, HALF, SYMMETRIC, ACTIVATION)
         if E4M3:
-            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)))
+            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)), UP)
         zero, _ = _closed_form_zero(low, high, scale, UNIT, HALF, SYMMETRIC, ZERO_LEVELS, ACTIVATION)
     level, _, _, step = _quantize(x, scale, zero, BITS, PARENT, UNIT, HALF, SHORT)
     out = level * step
@@ -312,6 +322,7 @@ def backward_kernel(
     SYMMETRIC: tl.constexpr,
     ZERO_LEVELS: tl.constexpr,
     E4M3: tl.constexpr,
+    UP: tl.constexpr,
     SHORT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PADDED: tl.constexpr,
@@ -333,7 +344,7 @@ def backward_kernel(
         free = present
     else:
         if E4M3:
-            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)))
+            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)), UP)
         zero, free = _closed_form_zero(low, high, scale, UNIT, HALF, SYMMETRIC, ZERO_LEVELS, ACTIVATION)
     level, inside, position, _ = _quantize(x, scale, zero, BITS, PARENT, UNIT, HALF, SHORT)
     if ACTIVATION:
