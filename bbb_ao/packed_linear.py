@@ -84,16 +84,21 @@ class PackedLinear(nn.Module):
             return torch.empty(shape, dtype=dtype, device=device)
 
         groups = stored_features // grid.group_size
-        self.register_buffer("plane_high", empty(out_features, stored_features // 4))
-        self.register_buffer("plane_mid", empty(out_features, stored_features // 4) if max_bits > 2 else None)
-        self.register_buffer("plane_low", empty(out_features, stored_features // 2) if max_bits > 4 else None)
-        self.register_buffer("scale", empty(out_features, groups))
-        self.register_buffer("scale_exponent", empty(dtype=torch.int32))
         zero_bytes = -(-groups * grid.zero_point_bits // 8)
-        self.register_buffer("zero_point", empty(out_features, zero_bytes) if zero_bytes else None)
-        self.register_buffer("ocs_index", empty(stored_features, dtype=torch.int32) if expands_input else None)
-        self.register_buffer("out_index", None if stored_rows is None else empty(stored_rows, dtype=torch.int32))
-        self.register_buffer("bias", None if bias_dtype is None else empty(out_features, dtype=bias_dtype))
+        buffers = {
+            "plane_high": empty(out_features, stored_features // 4),
+            "plane_mid": empty(out_features, stored_features // 4) if max_bits > 2 else None,
+            "plane_low": empty(out_features, stored_features // 2) if max_bits > 4 else None,
+            "scale": empty(out_features, groups),
+            "scale_exponent": empty(dtype=torch.int32),
+            "zero_point": empty(out_features, zero_bytes) if zero_bytes else None,
+            "ocs_index": empty(stored_features, dtype=torch.int32) if expands_input else None,
+            "out_index": None if stored_rows is None else empty(stored_rows, dtype=torch.int32),
+            "bias": None if bias_dtype is None else empty(out_features, dtype=bias_dtype),
+        }
+        # torch.export counts the buffers of its root in order and stumbles over an absent one before a present one.
+        for name, buffer in sorted(buffers.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, buffer)
 
     @classmethod
     def from_qat(cls, qat: QATLinear, max_bits: int, bias_dtype: torch.dtype = torch.float32) -> "PackedLinear":
