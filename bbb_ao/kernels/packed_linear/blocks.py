@@ -15,10 +15,8 @@ def quad_layout(warps):
 
 
 @gluon.jit
-def load_planes(
-    high_ptr, mid_ptr, low_ptr, row, block, offset, NB: gl.constexpr, R: gl.constexpr, word: gl.constexpr
-):
-    """Words (of the type `word`) of every plane that R needs, for one tile of 16 rows; block and offset (words in it)."""
+def load_planes(high_ptr, mid_ptr, low_ptr, row, block, offset, NB: gl.constexpr, R: gl.constexpr, word: gl.constexpr):
+    """Words (of the type `word`) of each plane that R needs, for a tile of 16 rows; block and offset (words in it)."""
     mask = block + row * 0 < NB
     place = (row * NB + block).to(gl.int64)
     words = gl.pointer_type(word)

@@ -278,4 +278,6 @@ def decode_kernel(
             added = added + (total,)
         totals = added
     for tile in gl.static_range(TILES):
-        store_tile(totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, M, EXPONENTS, BIASED, 1.0 / UNITS)
+        store_tile(
+            totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, M, EXPONENTS, BIASED, 1.0 / UNITS
+        )
