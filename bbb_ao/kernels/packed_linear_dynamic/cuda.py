@@ -27,16 +27,17 @@ from bbb_ao.kernels.packing.planes import BLOCK
 
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
 DECODE_SETTINGS: list[Settings] = [
-    (2, 4, 0),
-    (1, 4, 0),
     (1, 8, 0),
     (2, 8, 0),
+    (2, 8, 80),
+    (1, 4, 0),
+    (1, 4, 64),
+    (2, 4, 0),
     (4, 4, 0),
-    (4, 8, 0),
     (1, 16, 0),
-    (2, 16, 0),
-    (1, 8, 64),
+    (1, 16, 64),
 ]
+UNROLLED = 8  # tiles times turns over the columns in one program, at most: more take long to compile
 
 
 def packed_linear_dynamic_cuda(
@@ -112,7 +113,9 @@ def dynamic_decode(
             **({"maxnreg": registers} if registers else {}),
         )
 
+    turns = {warps: triton.cdiv(features, 4 * BLOCK * warps) for _, warps, _ in DECODE_SETTINGS}
+    candidates = [each for each in DECODE_SETTINGS if each[0] * turns[each[1]] <= UNROLLED] or [(1, 16, 0)]
     key = f"dynamic decode {count}x{features} {codes['R']} bits"
     with torch.cuda.device(row.device):
-        run(settings_for(key, DECODE_SETTINGS, run, row.get_device()))
+        run(settings_for(key, candidates, run, row.get_device()))
     return y
