@@ -340,7 +340,10 @@ def test_results_can_be_written_in_another_type() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
 @pytest.mark.parametrize("half_step", [True, False])
 @pytest.mark.parametrize("group_size", [32, 96])
-def test_gathered_rows_equal_the_reference(group_size: int, half_step: bool, dtype: torch.dtype) -> None:
+def test_gathered_rows_equal_the_reference(
+    group_size: int, half_step: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "ROW_TILE", 2048)
     # More groups than one tile holds, and fewer.
     for bits, groups, rows in ((2, 3, 5), (4, 140, 2), (8, 3, 1)):
         features = groups * group_size

@@ -1,7 +1,5 @@
 """Triton kernels of fake quantization: the largest scale, the forward pass and the straight-through backward pass.
 
-`gathered_rows_kernel` is the forward pass of activations for deployment: with the gather, and in one launch.
-
 Weights and activations are the same arithmetic in different units. The zero offset and the scale are measured in steps
 of UNIT bits (2 for weights, the width itself for activations), codes are taken at PARENT bits and sliced to BITS. A
 whole weight is one row, and so is a token:
@@ -250,54 +248,6 @@ def forward_kernel(
     if PADDED:
         out = tl.where(first * GROUP + offsets < kept, out, 0.0)
     tl.store(out_ptr + base + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
-    """(row[index[column]] as float32, 0 where masked or padding; what is neither)."""
-    if INDEXED:
-        column = tl.load(index_ptr + column, mask=mask, other=in_features)
-        mask = column < in_features
-    return tl.load(row_ptr + column, mask=mask, other=0.0).to(tl.float32), mask
-
-
-@triton.jit
-def gathered_rows_kernel(
-    x_ptr,
-    index_ptr,
-    out_ptr,
-    in_features,
-    groups,
-    BITS: tl.constexpr,
-    SPAN: tl.constexpr,
-    HALF: tl.constexpr,
-    SHORT: tl.constexpr,
-    INDEXED: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One token's activations, gathered by the index: out = step * level, 0 where the index says padding."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = x_ptr + row * in_features
-    group, element = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
-    largest = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, groups, BLOCK):
-        mask = (first + group < groups) & (element < GROUP)
-        x, _ = _gather(row_ptr, index_ptr, (first + group) * GROUP + element, mask, in_features, INDEXED)
-        _, _, scale, _ = _span_scale(x, SPAN, HALF, False, True)
-        largest = tl.maximum(largest, scale)
-    exponent = _scale_exponent(tl.max(largest, 0).to(tl.int32, bitcast=True))
-    for first in range(0, groups, BLOCK):
-        column = (first + group) * GROUP + element
-        mask = (first + group < groups) & (element < GROUP)
-        x, present = _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED)
-        low, high, scale, _ = _span_scale(x, SPAN, HALF, False, True)
-        scale = _round_e4m3(scale, exponent)
-        zero, _ = _closed_form_zero(low, high, scale, BITS, HALF, False, 1, True)
-        level, _, _, step = _quantize(x, scale, zero, BITS, BITS, BITS, HALF, SHORT)
-        out = tl.where(present, level * step, 0.0)
-        tl.store(out_ptr + row * groups * GROUP + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -124,7 +124,7 @@ def dequantized_linear(
     return F.linear(expand_input(x, index), weight, bias)
 
 
-def _codes(
+def kernel_codes(
     planes: tuple[Tensor, Tensor | None, Tensor | None], settings: tuple[int, int, bool, int]
 ) -> dict[str, float]:
     """Container of the codes, the bits of it that count, and half a step in its units."""
@@ -134,7 +134,7 @@ def _codes(
     return {"R": container, "MASK": mask, "H": 2.0 ** (container - bits) / 2 if half_step else 0.0, "ZB": settings[1]}
 
 
-def _pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales: tuple[Tensor, Tensor, Tensor | None]):
+def kernel_pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales: tuple[Tensor, Tensor, Tensor | None]):
     """Kernel arguments, with some pointer in the place of what is absent and not read."""
     high, mid, low = planes
     scale, exponent, zero_point = scales
@@ -159,8 +159,14 @@ def decode_linear(
     """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features]."""
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count)
-    codes = _codes(planes, settings)
-    arguments = (rows, *_pointers(planes, scales), rows if index is None else index, rows if bias is None else bias, y)
+    codes = kernel_codes(planes, settings)
+    arguments = (
+        rows,
+        *kernel_pointers(planes, scales),
+        rows if index is None else index,
+        rows if bias is None else bias,
+        y,
+    )
 
     def run(choice: Settings) -> None:
         tiles, warps, registers = choice
@@ -222,8 +228,8 @@ def warpgroup_linear(
     rows, features = columns.shape
     count = planes[0].shape[0]
     y = columns.new_empty(rows, count)
-    codes = _codes(planes, settings)
-    pointers = _pointers(planes, scales)
+    codes = kernel_codes(planes, settings)
+    pointers = kernel_pointers(planes, scales)
 
     words = [plane.view(torch.int16) for plane in pointers[:3]]
     word_layout = gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)
