@@ -274,7 +274,7 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     Raises:
         ValueError: `model` has no packed layer, or a layer does not store that width (the layer is named).
     """
-    layers = check_widths(model, bits)
+    layers = check_widths(model, check_bits(bits))
     if not layers:
         raise ValueError("set_bits: the model has no packed layers; convert it or load a bitbybit checkpoint first")
     for layer in layers.values():

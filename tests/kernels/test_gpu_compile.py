@@ -17,7 +17,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """PTX of each kernel and setting, compiled in a process of its own: here Triton may be its interpreter."""
     folder = tmp_path_factory.mktemp("ptx")
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+    root = str(SCRIPT.parent.parent.parent)
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, SCRIPT, folder], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {path.stem: path.read_text() for path in folder.glob("*.ptx")}

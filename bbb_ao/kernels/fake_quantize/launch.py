@@ -152,6 +152,7 @@ def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, g
             BITS=bits,
             SPAN=2.0**bits if half_step else 2.0**bits - 1.0,
             HALF=half_step,
+            UP=bits >= SCALE_UP_BITS,
             SHORT=not triton.knobs.runtime.interpret,
             INDEXED=index is not None,
             GROUP=group_size,

@@ -35,11 +35,12 @@ def _write_activations(
     BITS: tl.constexpr,
     SPAN: tl.constexpr,
     HALF: tl.constexpr,
+    UP: tl.constexpr,
     SHORT: tl.constexpr,
 ):
     """Quantize a tile of groups of one token at its second level; 0 where not present."""
     low, high, scale, _ = _span_scale(x, SPAN, HALF, False, True)
-    scale = _round_e4m3(scale, exponent)
+    scale = _round_e4m3(scale, exponent, UP)
     zero, _ = _closed_form_zero(low, high, scale, BITS, HALF, False, 1, True)
     level, _, _, step = _quantize(x, scale, zero, BITS, BITS, BITS, HALF, SHORT)
     out = tl.where(present, level * step, 0.0)
@@ -56,6 +57,7 @@ def gathered_rows_kernel(
     BITS: tl.constexpr,
     SPAN: tl.constexpr,
     HALF: tl.constexpr,
+    UP: tl.constexpr,
     SHORT: tl.constexpr,
     INDEXED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -81,10 +83,10 @@ def gathered_rows_kernel(
             largest = tl.maximum(largest, scale)
     exponent = _scale_exponent(tl.max(largest, 0).to(tl.int32, bitcast=True))
     if ONCE:
-        _write_activations(out_ptr, group * GROUP + element, mask, x, present, exponent, BITS, SPAN, HALF, SHORT)
+        _write_activations(out_ptr, group * GROUP + element, mask, x, present, exponent, BITS, SPAN, HALF, UP, SHORT)
     else:
         for first in range(0, groups, BLOCK):
             column = (first + group) * GROUP + element
             mask = (first + group < groups) & (element < GROUP)
             x, present = _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED)
-            _write_activations(out_ptr, column, mask, x, present, exponent, BITS, SPAN, HALF, SHORT)
+            _write_activations(out_ptr, column, mask, x, present, exponent, BITS, SPAN, HALF, UP, SHORT)

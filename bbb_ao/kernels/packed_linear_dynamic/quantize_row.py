@@ -10,10 +10,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from bbb_ao.kernels.fake_quantize import triton_kernels
+from bbb_ao.kernels.fake_quantize.reference import SCALE_UP_BITS
 from bbb_ao.kernels.packed_linear.blocks import gather
 
 _round_e4m3 = gluon.jit(triton_kernels._round_e4m3.fn)
 _scale_exponent = gluon.jit(triton_kernels._scale_exponent.fn)
+UP_BITS = gl.constexpr(SCALE_UP_BITS)
 MAGIC_BITS = gl.constexpr(0x4B400000)  # 1.5 * 2**23, where float32 numbers are 1 apart
 BELOW_ONE = gl.constexpr(1.0 - 2.0**-24)
 RECIPROCAL = gl.constexpr("rcp.approx.ftz.f32 $0, $1;")
@@ -169,7 +171,7 @@ def quantized_row(
     exponent = _scale_exponent(gl.max(largest, 0).to(gl.int32, bitcast=True))
     for it in gl.static_range(ITERATIONS):
         low, high, scale = _span(values[it], SPAN, ACT_HALF, g_layout)
-        scale = _round_e4m3(scale, exponent)
+        scale = _round_e4m3(scale, exponent, ACT_BITS >= UP_BITS)
         column = it * 512 * WARPS + g * 32 + half * 16 + i
         present = column < 128 * NB
         if INDEXED:
