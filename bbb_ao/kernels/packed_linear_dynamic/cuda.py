@@ -2,8 +2,8 @@
 
 The rule, for activations of at most 32 bits:
 
-- one row of a layer that fits the kernels of `packed_linear.cuda` takes `decode`, which quantizes it and multiplies
-  integers;
+- with INTEGER_DECODE one row of a layer that fits the kernels of `packed_linear.cuda` takes `decode`, which quantizes
+  it and multiplies integers;
 - else one kernel gathers the rows and fake-quantizes them, and `packed_linear_cuda` multiplies.
 """
 
@@ -37,6 +37,8 @@ DECODE_SETTINGS: list[Settings] = [
     (1, 16, 0),
     (1, 16, 64),
 ]
+# Off until tests/gpu/test_dynamic_decode.py has passed on a GPU: so far the kernel was only compiled.
+INTEGER_DECODE = False
 UNROLLED = 8  # tiles times turns over the columns in one program, at most: more take long to compile
 
 
@@ -68,9 +70,9 @@ def packed_linear_dynamic_cuda(
     rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
     shape = (*x.shape[:-1], high.shape[0])
     planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
-    features = scale.shape[-1] * group_size
     capability = torch.cuda.get_device_capability(x.device)
-    if rows.shape[0] == 1 and high.shape[0] and fits_kernels(x.dtype, planes, features, settings, capability):
+    fits = fits_kernels(x.dtype, planes, scales, settings, capability)
+    if INTEGER_DECODE and fits and rows.shape[0] == 1 and high.shape[0]:
         check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
         return dynamic_decode(rows, planes, scales, index, bias, settings, act_settings).view(shape)
     with torch.cuda.device_of(x):
