@@ -2,7 +2,7 @@
 
 The rule, with M rows of x:
 
-- `decode` for M of 1 or 2 (below compute capability 9.0 up to 8, two rows at a time);
+- `decode` for M of 1 or 2 (on compute capability 8.9 up to 8, two rows at a time);
 - `warpgroup` on compute capability 9.0 for M up to WARPGROUP_ROWS;
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
@@ -102,7 +102,7 @@ def fits_kernels(
         # Those of a block are read as one word.
         and scale.data_ptr() % 4 == 0
         and (zero_point is None or zero_point.data_ptr() % max(1, zero_point_bits // 2) == 0)
-        and capability >= (8, 0)
+        and capability >= (8, 9)
     )
 
 

@@ -7,6 +7,9 @@ The rule, for activations of at most 32 bits:
 - else one kernel gathers the rows and fake-quantizes them, and `packed_linear_cuda` multiplies.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Triton types a launch as a call of the Python function.
+
 import torch
 import triton
 from torch import Tensor
@@ -60,6 +63,7 @@ def packed_linear_dynamic_cuda(
     act_half_step: bool,
 ) -> Tensor:
     """See `packed_linear_dynamic`."""
+    check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, scale.shape[-1] * group_size)
     weight = (high, mid, low, scale, scale_exponent, zero_point)
     settings = (bits, zero_point_bits, half_step, group_size)
@@ -73,7 +77,6 @@ def packed_linear_dynamic_cuda(
     capability = torch.cuda.get_device_capability(x.device)
     fits = fits_kernels(x.dtype, planes, scales, settings, capability)
     if INTEGER_DECODE and fits and rows.shape[0] == 1 and high.shape[0]:
-        check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
         return dynamic_decode(rows, planes, scales, index, bias, settings, act_settings).view(shape)
     with torch.cuda.device_of(x):
         quantized = gathered_rows(rows, index, act_bits, act_half_step, group_size)
