@@ -1,4 +1,4 @@
-"""One or two rows through a packed weight on an NVIDIA GPU (compute capability 8.9 or higher: E4M3 conversion), written in Gluon.
+"""One or two rows through a packed weight on an NVIDIA GPU, in Gluon. It needs compute capability 8.9 (E4M3).
 
 The product runs on tensor cores with the weight as the first operand, in mma.m16n8k16 on 16 rows of it. What makes it
 cheap, about 1.7 instructions for a 2-bit weight (counted in the machine code; a shift, a mask and a conversion for each
