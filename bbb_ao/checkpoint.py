@@ -15,6 +15,7 @@ from safetensors import safe_open
 from bbb_ao.convert import to_dense
 from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.huggingface import QUANT_METHOD, attach_quantizer
+from bbb_ao.manifest import write_manifest
 from bbb_ao.modeldir import check_output_directory
 from bbb_ao.packed_linear import check_widths, stored_widths
 from bbb_ao.safetensors_header import read_header
@@ -118,6 +119,7 @@ def _save(model: Any, tokenizer: Any, path: str | Path, extra: Callable[[Path], 
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         extra(folder)
+        write_manifest(folder)
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,22 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
 QUANT_METHOD = "bitbybit"
+# Endings of the files that loaders read from a directory, whether they are meant to be there or not.
+LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py", *PICKLES)
 MOST_JSON_BYTES = 64 * 2**20
 MOST_LEVELS = 32
 JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 
 
-def check_model_directory(model: str | Path, allow_bitbybit: bool = False) -> dict[str, Any]:
+def check_model_directory(
+    model: str | Path, allow_bitbybit: bool = False, needs_tokenizer: bool = True
+) -> dict[str, Any]:
     """Refuse a model that is missing, unsafe, damaged or of the wrong kind.
 
     Args:
         model: a directory, as from `fetch_model`.
         allow_bitbybit: also accept a checkpoint that this package wrote (for evaluation and inspection).
+        needs_tokenizer: refuse a directory without one.
     Returns:
         its config.json.
     Raises:
@@ -46,7 +51,7 @@ def check_model_directory(model: str | Path, allow_bitbybit: bool = False) -> di
         for name in JSON_FILES:
             if (directory / name).exists():
                 _refuse_code(read_json(directory, name), directory / name)
-        if not any((directory / name).is_file() for name in TOKENIZERS):
+        if needs_tokenizer and not any((directory / name).is_file() for name in TOKENIZERS):
             raise ModelError(
                 f"{directory}: tokenizer: expected one of {', '.join(TOKENIZERS[:3])}, got none; "
                 "fix: save the model's tokenizer beside it"
@@ -123,7 +128,7 @@ def read_json(directory: Path, name: str) -> Any:
     Raises:
         ModelError: not there, no regular file inside the directory, not JSON, or nested too deeply.
     """
-    path = _inside(directory, name)
+    path = inside(directory, name)
     if path.stat().st_size > MOST_JSON_BYTES:
         raise ModelError(
             f"{path}: size: expected at most 64 MiB, got {path.stat().st_size} bytes; fix: restore the file"
@@ -183,7 +188,9 @@ def fetch_model(model: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "recipe.yaml"]
+            )
         )
     except Exception as error:  # the hub's client, its network library and the disk each raise their own
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -192,10 +199,13 @@ def fetch_model(model: str | Path) -> Path:
         ) from error
 
 
-def _inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: str) -> Path:
     """The path of a file that must lie in the directory, symbolic links resolved.
 
     Folders of the hub's cache, models--*/snapshots/<revision>, link to models--*/blobs; that is inside, too.
+
+    Raises:
+        ModelError: it lies elsewhere, is not there, or is no regular file.
     """
     root = directory.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
@@ -246,7 +256,7 @@ def _refuse_code(data: Any, path: Path) -> None:
 def _check_weight_files(directory: Path, source: bool) -> None:
     """All weights in whole safetensors files inside the directory, and of a floating type where they are a source's."""
     if (directory / WEIGHTS).is_symlink() or (directory / WEIGHTS).exists():
-        entries = read_header(_inside(directory, WEIGHTS))
+        entries = read_header(inside(directory, WEIGHTS))
     elif (directory / INDEX).is_symlink() or (directory / INDEX).exists():
         entries = _read_shards(directory)
     else:
@@ -280,7 +290,7 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
         # transformers joins these to the directory as they are and reads whatever is there.
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
             raise ModelError(f"{path}: weight_map: expected plain file names, got {shard!r:.80}; fix: restore the file")
-        entries.update(read_header(_inside(directory, shard)))
+        entries.update(read_header(inside(directory, shard)))
     for kind, names in (
         ("missing", weight_map.keys() - entries.keys()),
         ("surplus", entries.keys() - weight_map.keys()),
