@@ -17,6 +17,7 @@ from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.huggingface import QUANT_METHOD, attach_quantizer
 from bbb_ao.manifest import write_manifest
 from bbb_ao.modeldir import check_output_directory
+from bbb_ao.packed_config import check_packed_config
 from bbb_ao.packed_linear import check_widths, stored_widths
 from bbb_ao.safetensors_header import read_header
 
@@ -163,6 +164,7 @@ def describe(path: str | Path) -> list[LayerDescription]:
             f"{path}: quant_method: expected {QUANT_METHOD}, got {method!r}; "
             "fix: give a directory that `bbb-ao train` wrote"
         )
+    check_packed_config(quantization, f"{path}/config.json")
     sizes, indices = _stored_tensors(path)
     counted: set[str] = set()
     rows = []
