@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bbb_ao.cli.doctor import doctor
 from bbb_ao.cli.spread import SpreadCommand
 from bbb_ao.cli.verify import verify
 from bbb_ao.errors import ModelError, RecipeError
@@ -156,6 +157,7 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
 
 
 app.command()(verify)
+app.command()(doctor)
 
 
 @app.command()
