@@ -2,13 +2,13 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -e '.[dev]'
+	$(RUN) -m pip install -q -e '.[dev,docs]'
 	touch $@
 
 # The main job: `make demo` on the shipped model, `make demo MODEL=dir DATA=file` on your own.
@@ -23,6 +23,10 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+# The book, in build/docs/index.html.
+docs: setup
+	$(RUN) -m sphinx -q -W --keep-going docs build/docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -64,12 +64,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_packed(model: Any, tokenizer: Any, path: str | Path, bits: int, recipe: str | None = None) -> None:
+def save_packed(model: Any, tokenizer: Any, path: str | Path, bits: int | None, recipe: str | None = None) -> None:
     """Save a converted model: plain safetensors, config with `quant_method: bitbybit`, tokenizer, resolved recipe.
 
     Args:
         model: a Hugging Face model whose decoder Linears are PackedLinears.
-        bits: the width at which the checkpoint opens.
+        bits: the width at which the checkpoint opens; None: every layer at its present one.
         recipe: YAML text stored beside the weights.
     Raises:
         ValueError: a layer does not store that width (the layer is named).
@@ -125,9 +125,10 @@ def _save(model: Any, tokenizer: Any, path: str | Path, extra: Callable[[Path], 
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """One packed layer as stored. bits_per_weight counts planes, scales, zero points and index at the widest width.
+    """One packed layer as stored.
 
-    A layer with fixed_bits (a packed head) does not follow the model's width.
+    bits: the width that it opens at; fixed_bits: it does not follow the model's width (a packed head); bits_per_weight:
+    planes, scales, zero points and index at the widest width.
     """
 
     name: str
@@ -135,6 +136,7 @@ class LayerDescription:
     out_features: int
     widths: tuple[int, ...]
     fixed_bits: bool
+    bits: int | None
     act_bits: int | None
     split_channels: int
     bytes: int
@@ -185,6 +187,7 @@ def describe(path: str | Path) -> list[LayerDescription]:
                 shape["out_features"],
                 tuple(stored_widths(quantization["grid"]["kind"], shape["max_bits"], fixed)),
                 fixed,
+                shape["max_bits"] if fixed else shape.get("bits", config.get("bits")),
                 shape["act_bits"],
                 split,
                 sum(sizes[key] for key in own),

@@ -22,7 +22,7 @@ class FakeQuantTensor(TorchAOBaseTensor):
         scale, zero_point: [out_features, groups], rounded; None for both derives them from `master`.
         bits: width of the weight; None leaves it as it is.
         act_bits: width of the activations; None leaves them as they are.
-        grid: the weight grid; activations use its kind and group size.
+        grid: the weight grid; activations use its group size and `activation_kind`.
         padding: trailing columns that are padding: activations there stay exactly zero.
         detach_scales: scales derived from `master` pass no gradient.
     """
@@ -84,7 +84,7 @@ def _linear(func, types, args, kwargs):
         grid = weight.grid
         # What is computed in float32 may be written in the product's type; 16 bits are rounded to their own type.
         written = dtype if x.dtype == torch.float32 else x.dtype
-        x = fake_quantize_activation(x, weight.act_bits, grid.group_size, grid.kind, weight.padding, written)
+        x = fake_quantize_activation(x, weight.act_bits, grid.group_size, grid.activation_kind, weight.padding, written)
     return F.linear(x, weight.dequantize(dtype), None if bias is None else bias.to(dtype))
 
 

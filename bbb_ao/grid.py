@@ -36,6 +36,7 @@ class Grid:
         zero_point_bits: bits of the stored zero offset, 0 (symmetric, half_step only) to 8; 2 on the integer grid.
         scale_format: "e4m3" (8 bits and one power of two a tensor) or "float32" (for studies; cannot be packed).
         parent_bits: width of the stored code that narrower ones are slices of, 2 to 8.
+        act_kind: kind of the activations' grid; None takes that of the weights.
     """
 
     kind: str = "half_step"
@@ -43,10 +44,13 @@ class Grid:
     zero_point_bits: int = 4
     scale_format: str = "e4m3"
     parent_bits: int = 8
+    act_kind: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"grid kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.act_kind not in (None, *KINDS):
+            raise ValueError(f"act_kind: expected one of {', '.join(KINDS)} or None, got {self.act_kind!r}")
         if self.scale_format not in SCALE_FORMATS:
             raise ValueError(f"scale_format: expected one of {', '.join(SCALE_FORMATS)}, got {self.scale_format!r}")
         if self.group_size < 32 or self.group_size % 32:
@@ -63,6 +67,11 @@ class Grid:
     @property
     def half_step(self) -> bool:
         return self.kind == "half_step"
+
+    @property
+    def activation_kind(self) -> str:
+        """Kind of the activations' grid."""
+        return self.act_kind or self.kind
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

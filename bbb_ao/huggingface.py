@@ -29,8 +29,9 @@ class BitByBitConfig(QuantizationConfigMixin):
     Args:
         grid: fields of `Grid`.
         modules: for each packed Linear's name in_features, out_features, stored_features, max_bits, act_bits,
-            expands_input, padding, stored_rows, bias, fixed_bits (False where it is missing), and index_source (the
-            buffer that holds the index of its columns, or None).
+            expands_input, padding, stored_rows, bias, fixed_bits (False where it is missing), index_source (the buffer
+            that holds the index of its columns, or None), and, where layers have widths of their own, bits, the width
+            that it opens at.
         duplicated_outputs: for each norm whose output is gathered its number of stored columns.
         format_version: of this description; a newer one is refused.
     """
@@ -130,8 +131,11 @@ def _place_packed(model: nn.Module, name: str, shape: dict[str, Any], grid: Grid
         raise ValueError(f"sizes {sizes} for {linear!r:.80}")
     index_source = shape.pop("index_source")
     bias_dtype = linear.weight.dtype if shape.pop("bias") else None
+    bits = shape.pop("bits", None)
     packed = PackedLinear(**shape, grid=grid, bias_dtype=bias_dtype, device="meta")
     packed.index_source = index_source
+    if bits is not None:
+        packed.set_bits(bits)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, packed)
 
@@ -212,9 +216,11 @@ def check_scales(model: nn.Module) -> None:
             )
 
 
-def quantization_config(model: nn.Module) -> BitByBitConfig:
+def quantization_config(model: nn.Module, own_bits: bool = False) -> BitByBitConfig:
     """Describe a converted model, so that it can be saved and loaded again.
 
+    Args:
+        own_bits: every layer opens at its present width.
     Raises:
         ValueError: no packed layer; NotImplementedError: layers on different grids.
     """
@@ -237,6 +243,7 @@ def quantization_config(model: nn.Module) -> BitByBitConfig:
             "bias": layer.bias is not None,
             "fixed_bits": layer.fixed_bits,
             "index_source": f"{name}.ocs_index" if layer.expands_input else layer.index_source,
+            **({"bits": layer.bits} if own_bits else {}),
         }
         for name, layer in layers.items()
     }
@@ -247,9 +254,13 @@ def quantization_config(model: nn.Module) -> BitByBitConfig:
     return BitByBitConfig(grids.pop().to_dict(), modules, duplicated)
 
 
-def attach_quantizer(model: Any, bits: int) -> None:
-    """Make a converted Hugging Face model savable by its own `save_pretrained`; `bits` is the default width."""
-    config = quantization_config(model)
+def attach_quantizer(model: Any, bits: int | None) -> None:
+    """Make a converted Hugging Face model savable by its own `save_pretrained`.
+
+    Args:
+        bits: the width that it opens at; None: every layer at its present one.
+    """
+    config = quantization_config(model, own_bits=bits is None)
     model.config.quantization_config = config
     model.config.bits = bits
     model.hf_quantizer = BitByBitHfQuantizer(config, pre_quantized=True)

@@ -1,5 +1,6 @@
 """The deployed form of a Linear: packed nested codes in plain buffers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from bbb_ao.fused_rows import FusedRows
 from bbb_ao.grid import Grid, check_bits, quantize_weight
-from bbb_ao.kernels import pack_codes, pack_planes, slice_codes
+from bbb_ao.kernels import pack_codes, pack_planes, slice_codes, unpack_planes
 from bbb_ao.packed_tensor import PackedTensor, packed_product
 from bbb_ao.qat_linear import QATLinear
 from bbb_ao.splitting import expand_channels
@@ -83,16 +84,21 @@ class PackedLinear(nn.Module):
             return torch.empty(shape, dtype=dtype, device=device)
 
         groups = stored_features // grid.group_size
-        self.register_buffer("plane_high", empty(out_features, stored_features // 4))
-        self.register_buffer("plane_mid", empty(out_features, stored_features // 4) if max_bits > 2 else None)
-        self.register_buffer("plane_low", empty(out_features, stored_features // 2) if max_bits > 4 else None)
-        self.register_buffer("scale", empty(out_features, groups))
-        self.register_buffer("scale_exponent", empty(dtype=torch.int32))
         zero_bytes = -(-groups * grid.zero_point_bits // 8)
-        self.register_buffer("zero_point", empty(out_features, zero_bytes) if zero_bytes else None)
-        self.register_buffer("ocs_index", empty(stored_features, dtype=torch.int32) if expands_input else None)
-        self.register_buffer("out_index", None if stored_rows is None else empty(stored_rows, dtype=torch.int32))
-        self.register_buffer("bias", None if bias_dtype is None else empty(out_features, dtype=bias_dtype))
+        buffers = {
+            "plane_high": empty(out_features, stored_features // 4),
+            "plane_mid": empty(out_features, stored_features // 4) if max_bits > 2 else None,
+            "plane_low": empty(out_features, stored_features // 2) if max_bits > 4 else None,
+            "scale": empty(out_features, groups),
+            "scale_exponent": empty(dtype=torch.int32),
+            "zero_point": empty(out_features, zero_bytes) if zero_bytes else None,
+            "ocs_index": empty(stored_features, dtype=torch.int32) if expands_input else None,
+            "out_index": None if stored_rows is None else empty(stored_rows, dtype=torch.int32),
+            "bias": None if bias_dtype is None else empty(out_features, dtype=bias_dtype),
+        }
+        # torch.export counts the buffers of its root in order and stumbles over an absent one before a present one.
+        for name, buffer in sorted(buffers.items(), key=lambda item: item[1] is None):
+            self.register_buffer(name, buffer)
 
     @classmethod
     def from_qat(cls, qat: QATLinear, max_bits: int, bias_dtype: torch.dtype = torch.float32) -> "PackedLinear":
@@ -152,6 +158,23 @@ class PackedLinear(nn.Module):
         widths = stored_widths(self.grid.kind, self.max_bits, self.fixed_bits)
         if check_bits(bits, f"{where}bits") not in widths:
             raise ValueError(f"{where}bits: this layer stores widths {widths[0]} to {widths[-1]}, got {bits}")
+
+    def drop_planes(self, max_bits: int) -> None:
+        """Forget everything below the slice of width `max_bits`, which becomes the widest that is stored.
+
+        Raises:
+            ValueError: a width that is not stored.
+        """
+        self.check_width(max_bits)
+        if self.fused is not None:
+            self.fused.dissolve()
+        if not self.grid.half_step and max_bits < self.max_bits:
+            # The integer grid rounds its slices by the bits below them.
+            codes = unpack_planes(self.plane_high, self.plane_mid, self.plane_low, self.stored_features, 8)
+            self.plane_high, self.plane_mid, self.plane_low = pack_planes(_rounded_slice(codes, max_bits))
+        self.max_bits, self.bits = max_bits, min(self.bits, max_bits)
+        self.plane_mid = self.plane_mid if max_bits > 2 else None
+        self.plane_low = self.plane_low if max_bits > 4 else None
 
     @property
     def weight(self) -> PackedTensor:
@@ -226,15 +249,20 @@ def packed_linears(module: nn.Module) -> dict[str, PackedLinear]:
     return {name: child for name, child in module.named_modules() if isinstance(child, PackedLinear)}
 
 
-def check_widths(model: nn.Module, bits: int) -> dict[str, PackedLinear]:
-    """The packed layers that follow the model's width, by name: all but those with `fixed_bits`.
+def free_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers whose width can be chosen, by name: all but those with `fixed_bits`."""
+    return {name: layer for name, layer in packed_linears(model).items() if not layer.fixed_bits}
+
+
+def check_widths(model: nn.Module, bits: int | None) -> dict[str, PackedLinear]:
+    """`free_layers(model)`, each of which stores width `bits` (None: the one that it runs at).
 
     Raises:
-        ValueError: one of them does not store width `bits` (the layer is named).
+        ValueError: a layer does not store it (the layer is named).
     """
-    layers = {name: layer for name, layer in packed_linears(model).items() if not layer.fixed_bits}
+    layers = free_layers(model)
     for name, layer in layers.items():
-        layer.check_width(bits, f"{name}: ")
+        layer.check_width(layer.bits if bits is None else bits, f"{name}: ")
     return layers
 
 
@@ -246,9 +274,27 @@ def set_bits(model: nn.Module, bits: int) -> nn.Module:
     Raises:
         ValueError: `model` has no packed layer, or a layer does not store that width (the layer is named).
     """
-    layers = check_widths(model, bits)
+    layers = check_widths(model, check_bits(bits))
     if not layers:
         raise ValueError("set_bits: the model has no packed layers; convert it or load a bitbybit checkpoint first")
     for layer in layers.values():
         layer.bits = bits
+    return model
+
+
+def set_layer_bits(model: nn.Module, widths: Mapping[str, int]) -> nn.Module:
+    """Run every packed layer of `model` that is not fixed at a width of its own, by name; copies nothing.
+
+    Returns:
+        `model`.
+    Raises:
+        ValueError: the names are not those of these layers, or a layer does not store its width; nothing changed.
+    """
+    layers = free_layers(model)
+    if different := sorted(layers.keys() ^ widths.keys()):
+        raise ValueError(f"set_layer_bits: expected a width for each packed layer, got a difference in {different[0]}")
+    for name, layer in layers.items():
+        layer.check_width(widths[name], f"{name}: ")
+    for name, layer in layers.items():
+        layer.bits = widths[name]
     return model

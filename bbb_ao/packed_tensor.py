@@ -109,6 +109,7 @@ def packed_product(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
     settings = (bits, grid.zero_point_bits, grid.half_step, grid.group_size)
+    act_half_step = grid.activation_kind == "half_step"
     if act_bits is None:
         return packed_linear(x, *planes, *scales, index, bias, *settings)
-    return packed_linear_dynamic(x, *planes, *scales, index, bias, *settings, act_bits, grid.half_step)
+    return packed_linear_dynamic(x, *planes, *scales, index, bias, *settings, act_bits, act_half_step)

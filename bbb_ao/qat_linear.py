@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bbb_ao.activations import fake_quantize_activation
 from bbb_ao.fake_quant_tensor import FakeQuantTensor
-from bbb_ao.grid import Grid, check_bits, round_learned, scale_and_zero_point
+from bbb_ao.grid import Grid, check_bits, group, round_learned, scale_and_zero_point
 from bbb_ao.splitting import check_index, expand_channels, merge_channels, split_channels
 
 
@@ -28,6 +28,7 @@ class QATLinear(nn.Linear):
         out_index: int32 or None; output rows duplicated for a consumer, an index as in `splitting` over out_features.
         padding: trailing stored columns that are padding.
         detach_scales: closed-form scales pass no gradient to the weight.
+        frozen_scale: the scale at which the codes were frozen, [out_features, groups], or None; see `freeze_codes`.
     """
 
     bits: int | None
@@ -40,6 +41,7 @@ class QATLinear(nn.Linear):
     out_index: Tensor | None
     scale: nn.Parameter | None
     zero_point: nn.Parameter | None
+    frozen_scale: Tensor | None = None
 
     @classmethod
     def from_linear(
@@ -93,8 +95,7 @@ class QATLinear(nn.Linear):
         host.register_parameter("scale", None)
         host.register_parameter("zero_point", None)
         if learned_scales:
-            scale, zero_point = scale_and_zero_point(host.weight.detach(), grid)
-            host.scale, host.zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
+            host.learn_scales()
         return host.train(linear.training)
 
     def _split(self, master: Tensor, bits: int | None) -> Tensor:
@@ -120,6 +121,37 @@ class QATLinear(nn.Linear):
         self.bits = bits
         self.act_bits = None if act_bits is None else check_bits(act_bits, "act_bits")
 
+    def learn_scales(self) -> None:
+        """Make scale and zero point parameters that start from the closed form; nothing where they are already."""
+        if self.scale is None:
+            scale, zero_point = scale_and_zero_point(self.weight.detach(), self.grid)
+            self.scale, self.zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
+
+    def freeze_codes(self) -> None:
+        """Keep every code as it is while the (from now on learned) scale moves: w = w_frozen * scale / frozen_scale.
+
+        The weight moves into the middle of its widest code's step first, so that no rounding of the quotient can change
+        the code. The gradient for the scale is then that of scale * (codes + h - zero_point) at fixed codes.
+        """
+        self.learn_scales()
+        with torch.no_grad():
+            self.weight.copy_(self._fake_quantized(self.grid.parent_bits).dequantize())
+        self.frozen_scale = self.rounded_scales()[0].detach()
+
+    def thaw_codes(self) -> None:
+        """Undo `freeze_codes`: the weight takes its values at the present scale, which keeps its codes."""
+        if self.frozen_scale is not None:
+            with torch.no_grad():
+                self.weight.copy_(self._master(self.rounded_scales()[0]))
+            self.frozen_scale = None
+
+    def _master(self, scale: Tensor) -> Tensor:
+        """The weight, rescaled where its codes are frozen."""
+        if self.frozen_scale is None:
+            return self.weight
+        ratio = scale / torch.where(self.frozen_scale == 0, torch.inf, self.frozen_scale)
+        return (group(self.weight, self.grid.group_size) * ratio.unsqueeze(-1)).flatten(1)
+
     @property
     def stored_features(self) -> int:
         """Columns of the stored weight: input channels, duplicates and padding."""
@@ -133,9 +165,11 @@ class QATLinear(nn.Linear):
 
     def _fake_quantized(self, bits: int) -> FakeQuantTensor:
         """The weight at `bits`; learned scales rounded, while those in closed form are left to the fused kernels."""
-        scales = (None, None) if self.scale is None else self.rounded_scales()
-        operands = (self.weight, bits, self.act_bits, self.grid, self.padding, self.detach_scales, *scales)
-        return FakeQuantTensor(*operands)
+        settings = (bits, self.act_bits, self.grid, self.padding, self.detach_scales)
+        if self.scale is None:
+            return FakeQuantTensor(self.weight, *settings)
+        scale, zero_point = self.rounded_scales()
+        return FakeQuantTensor(self._master(scale), *settings, scale, zero_point)
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
@@ -143,7 +177,8 @@ class QATLinear(nn.Linear):
             x = expand_channels(x, self.ocs_index)
         if self.bits is None:
             if self.act_bits is not None:
-                x = fake_quantize_activation(x, self.act_bits, self.grid.group_size, self.grid.kind, self.padding)
+                grid = self.grid
+                x = fake_quantize_activation(x, self.act_bits, grid.group_size, grid.activation_kind, self.padding)
             y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         else:
             y = F.linear(x, self._fake_quantized(self.bits), self.bias)

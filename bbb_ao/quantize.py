@@ -31,6 +31,7 @@ class BitByBitQATConfig(AOBaseConfig):
     detach_scales: bool = False
     kind: str = "half_step"
     zero_point_bits: int | None = None
+    act_kind: str | None = None
     step: str = "prepare"
 
     def __post_init__(self) -> None:
@@ -46,7 +47,8 @@ class BitByBitQATConfig(AOBaseConfig):
     def grid(self) -> Grid:
         """The weight grid of these settings; zero_point_bits None means 4 (half_step) or 2 (integer)."""
         default = 4 if self.kind == "half_step" else 2
-        return Grid(self.kind, self.group_size, default if self.zero_point_bits is None else self.zero_point_bits)
+        zero_point_bits = default if self.zero_point_bits is None else self.zero_point_bits
+        return Grid(self.kind, self.group_size, zero_point_bits, act_kind=self.act_kind)
 
 
 def bitbybit_qat(bits: int = 2, act_bits: int | None = None, **settings: Any) -> BitByBitQATConfig:
@@ -61,6 +63,7 @@ def bitbybit_qat(bits: int = 2, act_bits: int | None = None, **settings: Any) ->
         detach_scales: closed-form scales pass no gradient.
         kind: "half_step" or "integer" grid.
         zero_point_bits: bits of the stored zero offset.
+        act_kind: grid of the activations, "half_step" or "integer"; None takes that of the weights.
         step: "prepare" swaps Linears for QATLinears, "convert" packs QATLinears.
     Raises:
         ValueError: a value out of range; TypeError: an unknown setting.

@@ -60,14 +60,17 @@ def gpu_route(kind: LayerKind, rows: int, capability: tuple[int, int]) -> tuple[
         (f"{kind.bits} of {kind.max_bits} bits are rounded", {"grid": Grid(grid.kind, 32, 2), "bits": kind.bits}),
     )
     reasons = [words for words, change in probes if not _fits_gpu(fits_kernels, replace(fitting, **change), (9, 0))]
-    if capability < (8, 0):
+    if capability < (8, 9):
         reasons.append(f"compute capability {capability[0]}.{capability[1]}")
     return "dequantize", ", ".join(reasons)
 
 
 def _fits_gpu(rule: Callable[..., bool], kind: LayerKind, capability: tuple[int, int]) -> bool:
     settings = (kind.bits, kind.grid.zero_point_bits, kind.grid.half_step, kind.grid.group_size)
-    return rule(kind.dtype, kind.planes(kind.max_bits), kind.stored_features, settings, capability)
+    groups = kind.stored_features // kind.grid.group_size
+    scale = torch.empty(kind.out_features, groups, dtype=torch.uint8, device="meta")
+    scales = (scale, scale, scale if kind.grid.zero_point_bits else None)
+    return rule(kind.dtype, kind.planes(kind.max_bits), scales, settings, capability)
 
 
 def cpu_route(kind: LayerKind, rows: int) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """What a quantized model stores: bytes and bits per weight, everything counted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -48,9 +49,11 @@ def layer_footprint(layer: PackedLinear, bits: int | None = None) -> Footprint:
     return Footprint(layer.in_features * layer.out_features, _bytes(*planes, *shared))
 
 
-def footprint(model: nn.Module, bits: int | None = None) -> Footprint:
+def footprint(model: nn.Module, bits: int | Mapping[str, int] | None = None) -> Footprint:
     """Sum of `layer_footprint` over the packed layers of `model`, and of the indices kept beside its norms.
 
+    Args:
+        bits: one width for all layers, or one by name for each that is not fixed, or None for all that is stored.
     Raises:
         ValueError: no packed layer.
     """
@@ -58,6 +61,7 @@ def footprint(model: nn.Module, bits: int | None = None) -> Footprint:
     if not layers:
         raise ValueError("footprint: the model has no packed layers; convert it first")
     total = Footprint(0, _bytes(*(b for name, b in model.named_buffers() if name.endswith("duplicate_index"))))
-    for layer in layers.values():
-        total += layer_footprint(layer, bits)
+    widths = bits if isinstance(bits, Mapping) else dict.fromkeys(layers, bits)
+    for name, layer in layers.items():
+        total += layer_footprint(layer, None if layer.fixed_bits else widths[name])
     return total

@@ -17,39 +17,20 @@ Greedy, 256 prompt tokens and 256 new ones, static cache. The prompt's pass (eag
 import argparse
 import gc
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b
+from environment import environment
 
 from bbb_ao.storage import footprint
 
 PROMPT, NEW_TOKENS = 256, 256
 TOLERANCE = 0.02
-
-
-def environment(seed: int) -> dict[str, object]:
-    """Where a row was measured: device, versions, commit (the variable COMMIT, where there is no checkout), seed."""
-    done = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "transformers": transformers.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": done.stdout.strip() if done.returncode == 0 else os.environ.get("COMMIT", "unknown"),
-        "seed": seed,
-    }
 
 
 def allocated() -> int:

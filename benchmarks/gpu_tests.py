@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from graph_timing import environment
+from environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = [folder for folder in ("tests/gpu", "tests/kernels") if (ROOT / folder).is_dir()]

@@ -6,9 +6,6 @@ and temperature are the same for all.
 """
 
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -115,18 +112,3 @@ def read_bandwidth() -> float:
             timer = GraphTimer([read], source)
             fastest = min(fastest, *(timer.sample() for _ in range(5)))
     return READ_BYTES / (fastest * 1e-6)
-
-
-def environment(seed: int) -> dict[str, object]:
-    """Where a row was measured: device, versions, commit (the variable COMMIT, where there is no checkout), seed."""
-    done = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)
-    commit = done.stdout.strip() if done.returncode == 0 else os.environ.get("COMMIT", "unknown")
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": commit,
-        "seed": seed,
-    }

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from graph_timing import GraphTimer, Spread, environment, read_bandwidth, time_in_turn
+from environment import environment
+from graph_timing import GraphTimer, Spread, read_bandwidth, time_in_turn
 from layers import Layer, make_dense, make_packed
 from peers import PEERS, load_tuning, save_tuning, set_gemlite_autotune
 

@@ -15,8 +15,6 @@ import argparse
 import copy
 import gc
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
+from environment import environment
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -230,23 +228,6 @@ def project(rows: list[dict[str, Any]], model: str, split: str) -> dict[str, Any
     return {"impl": f"paper_stages{split}", "model": model, "mode": "recorded", "hours": hours}
 
 
-def environment(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Where a row was measured."""
-    return {
-        "tokens": arguments.tokens,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": arguments.commit,
-        "seed": arguments.seed,
-    }
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["8b", "7b"])
@@ -254,7 +235,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each row")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--commit", default=commit())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="print the kernels of the eager steps")
     arguments = parser.parse_args()
@@ -287,9 +267,8 @@ def main() -> None:
             rows += [project(rows, name, split) for split in ("", "_split")]
             print(f"{name}: {rows[-2]['hours']:.2f} h for the paper's stages, {rows[-1]['hours']:.2f} h with splitting")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps([row | environment(arguments, device) for row in rows], indent=2, sort_keys=False) + "\n"
-    )
+    where = {"tokens": arguments.tokens, **environment(arguments.seed)}
+    arguments.output.write_text(json.dumps([row | where for row in rows], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,33 @@
-"""Quality on a model: train recipes over seeds and write one flat row a run.
+"""Quality on a model: train recipes over seeds and write one flat row for each run and width.
 
-    python benchmarks/quality.py tokens --model DIR --data train.jsonl --evaluate test.jsonl wiki.txt --output F
-    python benchmarks/quality.py run --model DIR --tokens F --experiments rtn 128x512/8:1/4:1/2:2/split=0.17 --jobs 4
+    python benchmarks/quality.py tokens --model DIR --data train.jsonl --evaluate test=test.jsonl wikitext2=wiki.txt \\
+        --output F
+    python benchmarks/quality.py generate --model DIR --tokens F --sequences 2048 --length 1024
+    python benchmarks/quality.py run --model DIR --tokens F --experiments rtn 128x512/8:1/4:1/2:2/split=0.17 --jobs 16
+    python benchmarks/quality.py run --model DIR --tokens F --experiments @benchmarks/ablations/w2a16.txt --jobs 16
+    python benchmarks/quality.py table
 
-`tokens` needs the whole package; `run` neither pydantic nor datasets, so that it works on a bare GPU machine.
+`tokens` needs the whole package; the others neither pydantic nor datasets, so that they work on a bare GPU machine.
+Lines of experiments are those of `experiment_lines.py`. `run` writes as each run ends and passes over runs whose rows
+are there already at this commit, so that the same command continues what was cut off. Where there is no checkout, the
+environment variable COMMIT names the commit.
 """
 
 import argparse
 import copy
 import json
-import platform
-import re
+import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from environment import commit, environment
+from experiment_lines import REFERENCES, method_of, parse_recipe
 from safetensors.torch import load_file, save_file
 
 from bbb_ao.convert import convert_model
@@ -28,72 +37,13 @@ from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.compress import train
 from bbb_ao.recipes.evaluate import perplexity
-from bbb_ao.recipes.prepare import round_to_nearest
-from bbb_ao.recipes.stages import GridSettings, Recipe, Split, Stage
+from bbb_ao.recipes.generation import generate_sequences
+from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.storage import footprint
 
-REFERENCES = ("full-precision", "rtn", "rtn-integer-float32")
-
-
-def parse_stage(text: str, settings: dict[str, str]) -> Stage:
-    """A stage from `[m]bits[a act_bits][*loss weights]:epochs[@lr]`.
-
-    `2:4` is block-wise W2A16, `m2a2:1@2e-4` end-to-end W2A2, `8+4+2*64,8,1:3` joint with loss weights.
-    """
-    match = re.fullmatch(r"(m?)([\d+]+)(?:a(\d))?(?:\*([\d.,]+))?:([\d.]+)(?:@([\d.e-]+))?", text)
-    if match is None:
-        raise ValueError(f"stage: expected [m]bits[aBITS][*weights]:epochs[@lr], got {text!r}")
-    model, bits, act_bits, weights, epochs, lr = match.groups()
-    widths = tuple(int(width) for width in bits.split("+"))
-    return Stage(
-        scope="model" if model else "block",
-        weight_bits=widths if len(widths) > 1 else int(bits),
-        act_bits=int(act_bits) if act_bits else None,
-        loss_weights=tuple(map(float, weights.split(","))) if weights else None,
-        epochs=float(epochs),
-        lr=float(lr or settings.get("lr", "3e-4")),
-        batch_size=int(settings.get("batch", "4")),
-    )
-
-
-def parse_recipe(text: str, seed: int) -> Recipe:
-    """A recipe from a line such as `128x512/8:1/4:1/2:2/lr=3e-4/batch=4/split=0.17/learned_scales=true`.
-
-    First sequences x tokens, then stages; `lr`, `batch` and `split` (the largest ratio) are short forms, any other
-    key is a field of the recipe or of its grid.
-    """
-    size, *parts = text.split("/")
-    settings = dict(part.split("=", 1) for part in parts if "=" in part)
-    sequences, length = map(int, size.split("x"))
-    split = Split(ratio_max=float(settings["split"])) if "split" in settings else None
-    recipe = Recipe(
-        name=text,
-        stages=tuple(parse_stage(part, settings) for part in parts if "=" not in part),
-        split=split,
-        sequences=sequences,
-        sequence_length=length,
-        seed=seed,
-    )
-    for key, value in settings.items():
-        if key not in ("lr", "batch", "split"):
-            loaded = json.loads(value) if re.fullmatch(r"[\d.e-]+|true|false|null", value) else value
-            if key in GridSettings.__dataclass_fields__:
-                recipe = replace(recipe, grid=replace(recipe.grid, **{key: loaded}))
-            else:
-                recipe = replace(recipe, **{key: loaded})
-    return recipe
-
-
-def commit() -> str:
-    """The checked-out commit, or "unknown" outside of a checkout."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+RESULTS = "benchmarks/results/quality.json"
+# What a checkpoint of several widths is measured at.
+NESTED = (8, 6, 4, 3, 2)
 
 
 def write_tokens(arguments: argparse.Namespace) -> None:
@@ -103,25 +53,37 @@ def write_tokens(arguments: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(arguments.model)
     tensors = {"calibration": evaluation_windows(tokenizer, arguments.data, 128).flatten().to(torch.int32)}
-    for path in arguments.evaluate:
-        tensors[f"evaluate.{Path(path).stem}"] = evaluation_windows(tokenizer, path, arguments.window).to(torch.int32)
+    for item in arguments.evaluate:
+        name, equals, path = item.partition("=")
+        windows = evaluation_windows(tokenizer, path or name, arguments.window)
+        tensors[f"evaluate.{name if equals else Path(name).stem}"] = windows.to(torch.int32)
     save_file(tensors, arguments.output)
 
 
-def draw(ids: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Calibration sequences of a recipe, drawn by its seed: int64 [sequences, sequence_length]."""
-    available = ids.numel() // recipe.sequence_length
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(recipe.seed))[: recipe.sequences]
-    return ids[: available * recipe.sequence_length].view(available, -1)[order].long()
+def write_generated(arguments: argparse.Namespace) -> None:
+    """Let the full-precision model write sequences, seeded, and put them into the token file as "generated"."""
+    device, model = _device(), _load(arguments.model)
+    tokens = load_file(arguments.tokens)
+    start = time.perf_counter()
+    prompts = draw(tokens["calibration"], arguments.sequences, arguments.length, arguments.seed)
+    written = generate_sequences(model, prompts, arguments.sequences, arguments.seed, device, arguments.batch)
+    tokens["generated"] = written.to(torch.int32)
+    save_file(tokens, arguments.tokens)
+    print(f"{written.numel()} tokens generated in {time.perf_counter() - start:.0f} s, seed {arguments.seed}")
 
 
-def reference(name: str, model: Any, recipe: Recipe) -> Any:
-    """An untrained model: full precision, round to nearest on our grid, or on the plain integer grid.
+def draw(ids: torch.Tensor, count: int, length: int, seed: int) -> torch.Tensor:
+    """`count` sequences of one text, drawn by a seed (all there are, if fewer): int64 [sequences, length]."""
+    available = ids.numel() // length
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return ids[: available * length].view(available, -1)[order].long()
 
-    The last is the literature's: s = (max - min) / 3, float32 scales, codes at 2 bits directly, no nesting.
+
+def reference(name: str, model: Any) -> Any:
+    """An untrained model: full precision, or round to nearest on the plain integer grid.
+
+    The latter is the literature's: s = (max - min) / 3, float32 scales, codes at 2 bits directly, no nesting.
     """
-    if name == "rtn":
-        return round_to_nearest(model, recipe)
     student = copy.deepcopy(model)
     if name == "rtn-integer-float32":
         grid = Grid("integer", zero_point_bits=2, scale_format="float32", parent_bits=2)
@@ -135,40 +97,53 @@ def reference(name: str, model: Any, recipe: Recipe) -> Any:
     return student
 
 
+def train_line(
+    name: str, recipe: Recipe, model: Any, tokens: dict[str, torch.Tensor], device: torch.device
+) -> tuple[Any, dict[str, Any]]:
+    """The student of a line, and what its training says for the row."""
+    if name in REFERENCES:
+        return reference(name, model), {"calibration_tokens": 0, "generated_tokens": 0, "last_losses": []}
+    sequences = draw(tokens["calibration"], recipe.sequences, recipe.sequence_length, recipe.seed)
+    written = None
+    if recipe.generated and "generated" in tokens:
+        written = draw(tokens["generated"].flatten(), recipe.generated, recipe.sequence_length, recipe.seed)
+    result = train(model, sequences, recipe, device, generated=written)
+    trained = any(stage.epochs for stage in recipe.stages)
+    return result.model, {
+        "calibration_tokens": sequences.numel() if trained else 0,
+        "generated_tokens": recipe.generated * recipe.sequence_length,
+        "last_losses": [[fit.last_loss for fit in fits] for fits in result.fits],
+    }
+
+
 def run_one(
     name: str, seed: int, model: Any, tokens: dict[str, torch.Tensor], device: torch.device
 ) -> list[dict[str, Any]]:
-    """Train one experiment with one seed and measure it: a row for each width of its last stage."""
+    """Train one line with one seed and measure it: a row for each width of its last stage, and those between them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    recipe = parse_recipe("128x512/2:1" if name in REFERENCES else name, seed)
-    if name in REFERENCES:
-        student, losses = reference(name, model, recipe), []
-    else:
-        result = train(model, draw(tokens["calibration"], recipe), recipe, device)
-        student, losses = result.model, [[fit.last_loss for fit in fits] for fits in result.fits]
-    shared = {
-        "seed": seed,
-        "calibration_tokens": recipe.sequences * recipe.sequence_length if losses else 0,
+    recipe = Recipe(name=name, stages=(Stage(),)) if name in REFERENCES else parse_recipe(name, seed)
+    student, facts = train_line(name, recipe, model, tokens, device)
+    shared = facts | {
         "seconds": time.perf_counter() - start,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        "last_losses": losses,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "commit": commit(),
-        **versions(),
+        **environment(seed),
     }
     last, rows = recipe.stages[-1], []
+    between = [width for width in NESTED if last.widths[-1] < width < last.widths[0]]
     student.to(device)
-    for width in last.widths:
+    for width in sorted({*last.widths, *between}, reverse=True):
         set_training_bits(student, width, last.act_bits)
         figures = {
             f"{key.removeprefix('evaluate.')}_ppl": perplexity(student, windows.long(), 8, device)
             for key, windows in tokens.items()
             if key.startswith("evaluate.")
         }
-        rows.append({"method": name, "weight_bits": width, "act_bits": last.act_bits, **figures, **shared})
-    if losses or name == "rtn":
+        labels = {"method": method_of(name), "recipe": name, "weight_bits": width, "act_bits": last.act_bits}
+        rows.append({**labels, **figures, "bits_per_weight": None, **shared})
+    # float32 scales, of studies, have no packed form.
+    if name not in REFERENCES and recipe.grid.scale_format == "e4m3":
         packed = convert_model(student.cpu(), last.widths[0])
         for row in rows:
             row["bits_per_weight"] = footprint(packed, row["weight_bits"]).bits_per_weight
@@ -176,64 +151,173 @@ def run_one(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run experiment by experiment in this process; results are appended to the output after each."""
-    from transformers import AutoModelForCausalLM
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tokens = load_file(arguments.tokens)
+    """Run line by line in this process; results are appended to the output after each."""
+    device, model = _device(), _load(arguments.model)
+    tokens, label = load_file(arguments.tokens), Path(arguments.tokens).name
     output = Path(arguments.output)
-    rows = json.loads(output.read_text()) if output.exists() else []
-    for seed in arguments.seeds:
-        for name in arguments.experiments:
-            for row in run_one(name, seed, model, tokens, device):
-                rows.append(row)
-                figures = " ".join(f"{key} {value:.3f}" for key, value in row.items() if key.endswith("_ppl"))
-                print(f"{name:40} W{row['weight_bits']} seed {seed} {figures} {row['seconds']:.0f} s", flush=True)
-            output.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = read_rows(output)
+    for name, seed in pending_runs(rows, arguments.experiments, arguments.seeds, label):
+        found = [row | {"tokens": label} for row in run_one(name, seed, model, tokens, device)]
+        for row in found:
+            figures = " ".join(f"{key} {value:.3f}" for key, value in row.items() if key.endswith("_ppl"))
+            print(f"{name:40} W{row['weight_bits']} seed {seed} {figures} {row['seconds']:.0f} s", flush=True)
+        rows = write_rows(output, rows, found)
 
 
 def run_in_parallel(arguments: argparse.Namespace) -> None:
-    """`run` with one process for each experiment and seed, `jobs` at a time: small models leave a GPU idle."""
-    output = Path(arguments.output)
-    pending = [(name, seed) for seed in arguments.seeds for name in arguments.experiments]
-    running: list[tuple[subprocess.Popen, Path]] = []
-    finished: list[Path] = []
-    while pending or running:
-        while pending and len(running) < arguments.jobs:
-            name, seed = pending.pop(0)
-            part = output.with_suffix(f".{len(pending)}.part")
-            command = [sys.executable, __file__, "run", "--model", arguments.model, "--tokens", arguments.tokens]
-            command += ["--experiments", name, "--seeds", str(seed), "--output", str(part)]
-            running.append((subprocess.Popen(command), part))
-        time.sleep(0.2)
-        for process, part in [item for item in running if item[0].poll() is not None]:
-            running.remove((process, part))
-            finished.append(part)
-            rows = [row for done in finished if done.exists() for row in json.loads(done.read_text())]
-            output.write_text(json.dumps(rows, indent=1) + "\n")
-    for part in finished:
-        part.unlink(missing_ok=True)
+    """`run` with one process for each line and seed, `jobs` at a time: small models leave a GPU idle.
+
+    A run that takes longer than `timeout` seconds, or is not done `deadline` seconds after the start, is ended and
+    leaves no rows; the others' rows are written as they come.
+    """
+    output, start = Path(arguments.output), time.monotonic()
+    rows = read_rows(output)
+    pending = pending_runs(rows, arguments.experiments, arguments.seeds, Path(arguments.tokens).name)
+    variables = os.environ | {"COMMIT": commit()}
+    variables.setdefault("OMP_NUM_THREADS", "1")
+    running: list[tuple[subprocess.Popen, Path, str, float]] = []
+    try:
+        while running or (pending and time.monotonic() - start < arguments.deadline):
+            while pending and len(running) < arguments.jobs:
+                name, seed = pending.pop(0)
+                part = output.with_suffix(f".{os.getpid()}-{len(pending)}.part")
+                command = [sys.executable, __file__, "run", "--model", arguments.model, "--tokens", arguments.tokens]
+                command += ["--experiments", name, "--seeds", str(seed), "--output", str(part)]
+                process = subprocess.Popen(command, env=variables)
+                running.append((process, part, f"{name} seed {seed}", time.monotonic()))
+            time.sleep(0.2)
+            for item in running[:]:
+                process, part, label, begun = item
+                now = time.monotonic()
+                late = now - begun > arguments.timeout or now - start > arguments.deadline
+                if late and process.poll() is None:
+                    process.kill()
+                    process.wait()
+                    print(f"{label}: ended after {now - begun:.0f} s, not done", flush=True)
+                if process.poll() is not None:
+                    running.remove(item)
+                    if process.returncode > 0:
+                        print(f"{label}: failed with code {process.returncode}", flush=True)
+                    rows = write_rows(output, rows, read_rows(part))
+                    part.unlink(missing_ok=True)
+    finally:
+        for process, part, *_ in running:
+            process.kill()
+            process.wait()
+            part.unlink(missing_ok=True)
+    if pending:
+        print(f"{len(pending)} runs were not started; run the same command again", flush=True)
+
+
+def run_of(row: dict[str, Any]) -> tuple[str, int, str | None]:
+    """What tells runs apart: line, seed and name of the token file."""
+    return row["recipe"], row["seed"], row.get("tokens")
+
+
+def pending_runs(
+    rows: list[dict[str, Any]], lines: Sequence[str], seeds: Sequence[int], tokens: str
+) -> list[tuple[str, int]]:
+    """The (line, seed) pairs that have no row of this commit yet, seed by seed; a reference has no seeds."""
+    present = commit()
+    done = {run_of(row) for row in rows if row["commit"] == present}
+    wanted = [(line, seed) for seed in seeds for line in lines if line not in REFERENCES or seed == seeds[0]]
+    return [pair for pair in dict.fromkeys(wanted) if (*pair, tokens) not in done]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write `found` in the place of older rows of the same runs, in one step, and return all rows."""
+    again = set(map(run_of, found))
+    rows = [row for row in rows if run_of(row) not in again] + found
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    partial.replace(path)
+    return rows
+
+
+def print_table(arguments: argparse.Namespace) -> None:
+    """Means over the seeds as Markdown, with the spread (largest minus smallest) behind the first figure."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_rows(Path(arguments.output)):
+        groups[row["recipe"], row.get("tokens"), row["weight_bits"], row["act_bits"]].append(row)
+    print("| recipe | text | W, A | test | spread | WikiText-2 | bits per weight | seeds | seconds | peak GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for (recipe, tokens, bits, act_bits), rows in groups.items():
+        test = [row["test_ppl"] for row in rows]
+        cells = [
+            recipe,
+            tokens or "-",
+            f"{bits}, {act_bits or 16}",
+            f"{sum(test) / len(test):.2f}",
+            f"{max(test) - min(test):.2f}",
+            _mean(rows, "wikitext2_ppl", ".2f"),
+            _mean(rows, "bits_per_weight", ".3f"),
+            str(len(rows)),
+            _mean(rows, "seconds", ".0f"),
+            _mean(rows, "peak_bytes", ".2f", 2**30),
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+def _mean(rows: list[dict[str, Any]], key: str, form: str, unit: float = 1) -> str:
+    values = [row[key] / unit for row in rows if row.get(key) is not None]
+    return format(sum(values) / len(values), form) if values else "-"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(directory: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes arguments from a file named @FILE: one a line, without what follows a #."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(fromfile_prefix_chars="@", **settings)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return arg_line.partition("#")[0].split()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(required=True)
     tokens = commands.add_parser("tokens", help="tokenize text for `run`")
     tokens.add_argument("--model", required=True)
     tokens.add_argument("--data", required=True, nargs="+")
-    tokens.add_argument("--evaluate", required=True, nargs="+")
+    tokens.add_argument("--evaluate", required=True, nargs="+", help="FILE or NAME=FILE")
     tokens.add_argument("--window", type=int, default=1024)
     tokens.add_argument("--output", required=True)
     tokens.set_defaults(function=write_tokens)
+    generate = commands.add_parser("generate", help="let the full-precision model write text into the token file")
+    generate.add_argument("--model", required=True)
+    generate.add_argument("--tokens", required=True)
+    generate.add_argument("--sequences", type=int, required=True)
+    generate.add_argument("--length", type=int, default=1024)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--batch", type=int, default=256, help="sequences at a time")
+    generate.set_defaults(function=write_generated)
     runs = commands.add_parser("run", help="train and measure")
     runs.add_argument("--model", required=True)
     runs.add_argument("--tokens", required=True)
-    runs.add_argument("--experiments", nargs="+", required=True, help="references, or lines as in parse_recipe")
+    runs.add_argument("--experiments", nargs="+", required=True, help="references, or lines of experiment_lines.py")
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    runs.add_argument("--output", default="benchmarks/results/quality.json")
+    runs.add_argument("--output", default=RESULTS)
     runs.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    runs.add_argument("--timeout", type=float, default=float("inf"), help="seconds for one run, with --jobs")
+    runs.add_argument("--deadline", type=float, default=float("inf"), help="seconds for all of them, with --jobs")
     runs.set_defaults(function=lambda given: run_in_parallel(given) if given.jobs > 1 else run(given))
+    table = commands.add_parser("table", help="means over seeds, as Markdown")
+    table.add_argument("--output", default=RESULTS)
+    table.set_defaults(function=print_table)
     arguments = parser.parse_args()
     arguments.function(arguments)
 

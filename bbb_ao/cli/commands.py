@@ -26,6 +26,8 @@ DataOption = Annotated[
     list[str],
     typer.Option("--data", metavar="FILE...", help=".jsonl, .txt, .parquet, folder or hub dataset; several allowed."),
 ]
+WindowOption = Annotated[int | None, typer.Option(min=2, help="Tokens in a window [1024, or the model's context].")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")]
 DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda [cuda where there is one].")]
 
 
@@ -89,46 +91,117 @@ def train(
 @app.command("eval", cls=SpreadCommand)
 def evaluate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Model or checkpoint directory.")],
-    data: DataOption,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="FILE...", help="Text for perplexity, as in train.")
+    ] = None,
     bits: Annotated[
         list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Weight widths to run at.")
     ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(metavar="NAME...", help="Tasks of lm-eval to run.")] = None,
+    task_dir: Annotated[str, typer.Option(metavar="DIR", help="Folder of their YAML files; trust it like code.")] = ".",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a window [1024, or the model's context].")
+    window: WindowOption = None,
+    batch: BatchOption = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate the first so many windows, and documents of a task.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")] = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first so many windows.")] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Perplexity on DATA: windows that do not overlap, mean cross-entropy in float32."""
+    """Perplexity on DATA (windows that do not overlap, mean cross-entropy in float32), and tasks of lm-eval."""
     from bbb_ao.modeldir import check_model_directory
 
+    if not data and not tasks:
+        raise RecipeError("--data: expected text, or --tasks, got neither; fix: give one of them")
     config = check_model_directory(directory, allow_bitbybit=True)
     widths = _widths(directory, config, bits)
     tokens = _window(directory, config, window)
-    from bbb_ao.recipes.data import evaluation_windows
+    if tasks:
+        from bbb_ao.recipes.harness import check_harness
+
+        check_harness(task_dir)
     from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 
-    place = choose_device(device)
-    windows = evaluation_windows(load_tokenizer(directory), data, tokens, limit, config.get("vocab_size"))
+    place, tokenizer = choose_device(device), load_tokenizer(directory)
+    windows = None
+    if data:
+        from bbb_ao.recipes.data import evaluation_windows
+
+        windows = evaluation_windows(tokenizer, data, tokens, limit, config.get("vocab_size"))
     model = load_model(directory, "float32").to(place)
     from bbb_ao.packed_linear import set_bits
     from bbb_ao.recipes.evaluate import perplexity
 
-    name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data)
+    name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data or ())
     for width in widths:
-        if bits and width:
+        if bits and isinstance(width, int):
             set_bits(model, width)
-        value = perplexity(model, windows, batch, place)
-        count = windows[:, 1:].numel()
-        row = {"bits": width, "ppl": round(value, 4), "tokens": count, "windows": len(windows), "data": name}
-        typer.echo(json.dumps(row) if as_json else _sentence(row))
+        rows: list[dict[str, Any]] = []
+        if windows is not None:
+            value = perplexity(model, windows, batch, place)
+            facts = {"tokens": windows[:, 1:].numel(), "windows": len(windows), "data": name}
+            rows.append({"ppl": round(value, 4), **facts})
+        if tasks:
+            from bbb_ao.recipes.harness import evaluate_tasks
+
+            rows += evaluate_tasks(model, tokenizer, tasks, task_dir, batch, limit, place)
+        for row in rows:
+            row = {"bits": width, **row}
+            typer.echo(json.dumps(row) if as_json else _sentence(row))
+
+
+@app.command(cls=SpreadCommand)
+def assign(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint with several widths.")],
+    data: DataOption,
+    output: Annotated[str, typer.Option(metavar="DIR", help="Where the result goes; empty or not there yet.")],
+    budget: Annotated[
+        float | None, typer.Option(metavar="BITS", min=2, max=16, help="Bits per weight, all told.")
+    ] = None,
+    size: Annotated[int | None, typer.Option("--bytes", metavar="N", min=1, help="Instead of --budget.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Widths to choose from.")] = None,
+    metric: Annotated[str, typer.Option(metavar="kl|loss", help="What a layer's width must not cost.")] = "kl",
+    drop: Annotated[bool, typer.Option("--drop-planes", help="Store no bits beyond each layer's width.")] = False,
+    window: WindowOption = None,
+    batch: BatchOption = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Measure on the first so many windows.")] = 16,
+    device: DeviceOption = None,
+) -> None:
+    """Give each layer of DIR a width of its own, by what it costs on DATA, without training."""
+    from bbb_ao.modeldir import check_model_directory, check_output_directory
+
+    if (budget is None) == (size is None):
+        raise RecipeError("--budget: expected it or --bytes, got both or none; fix: give one")
+    if metric not in ("kl", "loss"):
+        raise RecipeError(f"--metric: expected kl or loss, got {metric!r}; fix: give one of them")
+    config = check_model_directory(directory, allow_bitbybit=True)
+    check_output_directory(output, directory)
+    widths = _widths(directory, config, bits or [2, 4, 8])
+    tokens = _window(directory, config, window)
+    from bbb_ao.recipes.allocation import assign_checkpoint
+    from bbb_ao.recipes.data import evaluation_windows
+    from bbb_ao.recipes.loading import choose_device, load_tokenizer
+
+    place = choose_device(device)
+    windows = evaluation_windows(load_tokenizer(directory), data, tokens, limit, config.get("vocab_size"))
+    found = assign_checkpoint(
+        directory,
+        output,
+        windows,
+        [int(width or 0) for width in widths],
+        metric,
+        batch,
+        drop,
+        place,
+        bits_per_weight=budget,
+        size=size,
+    )
+    _print_table([("layer", "bits"), *found.widths.items()])
+    typer.echo(f"{output}: {found.bits_per_weight:.3f} bits per weight read, {found.stored_bits:.3f} stored")
 
 
 @app.command()
 def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory.")]) -> None:
-    """A line per layer: widths, bits per weight, split channels, bytes."""
+    """A line per layer: widths, the one it opens at, bits per weight, split channels, bytes."""
     from bbb_ao.modeldir import check_model_directory
 
     config = check_model_directory(directory, allow_bitbybit=True)
@@ -143,6 +216,7 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
         (
             row.name,
             str(row.widths[0]) if row.fixed_bits else f"{row.widths[0]}-{row.widths[-1]}",
+            row.bits or row.widths[-1],
             row.act_bits or 16,
             row.bits_per_weight,
             row.split_channels,
@@ -151,8 +225,8 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
         for row in layers
     ]
     size, count = sum(row.bytes for row in layers), sum(row.in_features * row.out_features for row in layers)
-    rows.append(("total", "", "", 8 * size / max(count, 1), sum(row.split_channels for row in layers), size))
-    heads = ("layer", "widths", "act_bits", "bits_per_weight", "split_channels", "bytes")
+    rows.append(("total", "", "", "", 8 * size / max(count, 1), sum(row.split_channels for row in layers), size))
+    heads = ("layer", "widths", "bits", "act_bits", "bits_per_weight", "split_channels", "bytes")
     _print_table([heads, *rows])
 
 
@@ -172,19 +246,19 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe's 
         recipe = load_recipe(shipped)
         schedule = " > ".join(stage.name for stage in recipe.stages)
         typer.echo(
-            f"{shipped:14} {recipe.description} [{schedule}; {recipe.sequences} x {recipe.sequence_length} tokens]"
+            f"{shipped:20} {recipe.description} [{schedule}; {recipe.sequences} x {recipe.sequence_length} tokens]"
         )
 
 
-def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> list[int | None]:
-    """The widths to evaluate; None stands for full precision. Refuses what the checkpoint does not hold."""
+def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> Sequence[int | str | None]:
+    """The widths to evaluate: None is full precision, "mixed" a width for each layer. Refuses what is not stored."""
     quantization = config.get("quantization_config")
     if quantization is None and bits:
         raise ModelError(f"{directory}: bits: expected a bbb_ao checkpoint, got a plain model; fix: leave out --bits")
     if quantization is None:
         return [None]
     if not bits:
-        return [config.get("bits")]
+        return [config.get("bits") or "mixed"]
     from bbb_ao.checkpoint import describe
 
     stored = set(range(2, 9)).intersection(*(row.widths for row in describe(directory) if not row.fixed_bits))
@@ -192,7 +266,7 @@ def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> l
         if width not in stored:
             have = ", ".join(map(str, sorted(stored)))
             raise ModelError(f"{directory}: bits: expected one of {have}, as stored, got {width}; fix: change --bits")
-    return list(bits)
+    return bits
 
 
 def _window(directory: str, config: dict[str, Any], window: int | None) -> int:
@@ -207,7 +281,10 @@ def _window(directory: str, config: dict[str, Any], window: int | None) -> int:
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    width = f"{row['bits']} bits" if row["bits"] else "full precision"
+    width = {None: "full precision", "mixed": "mixed widths"}.get(row["bits"], f"{row['bits']} bits")
+    if "task" in row:
+        error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
+        return f"{width}: {row['task']} {row['metric']} {row['value']:.4f}{error} ({row['samples']} samples)"
     return f"{width}: perplexity {row['ppl']:.4f} ({row['windows']} windows, {row['tokens']} tokens, {row['data']})"
 
 

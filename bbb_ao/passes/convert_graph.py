@@ -120,7 +120,8 @@ def _replace(gm: fx.GraphModule, call: fx.Node, name: str, packed: PackedLinear)
         if weight.act_bits is None:
             op, extra = torch.ops.bbb_ao.packed_linear.default, ()
         else:
-            op, extra = torch.ops.bbb_ao.packed_linear_dynamic.default, (weight.act_bits, weight.grid.half_step)
+            half_step = weight.grid.activation_kind == "half_step"
+            op, extra = torch.ops.bbb_ao.packed_linear_dynamic.default, (weight.act_bits, half_step)
         result = gm.graph.call_function(op, (*operands, bias, *settings, *extra))
     result.meta = dict(call.meta)
     call.replace_all_uses_with(result)

@@ -173,7 +173,8 @@ class FakeQuantizeActivation(nn.Module):
         features = x.shape[-1]
         ragged = -features % self.grid.group_size
         padded = F.pad(x, (0, ragged))
-        y = fake_quantize_activation(padded, self.bits, self.grid.group_size, self.grid.kind, self.padding + ragged)
+        kind = self.grid.activation_kind
+        y = fake_quantize_activation(padded, self.bits, self.grid.group_size, kind, self.padding + ragged)
         return y[..., :features]
 
 

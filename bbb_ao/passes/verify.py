@@ -109,6 +109,19 @@ def verify_block(
     return result
 
 
+def block_error(captured: CapturedBlock, original: nn.Module, changed: nn.Module, seed: int = 0) -> float:
+    """Largest relative error of a changed block against the original, in float64 on `verify_block`'s random inputs.
+
+    Both are blocks of the captured kind and stay as they are.
+
+    Raises:
+        NumericsError: the changed block does not run.
+    """
+    args, kwargs = _random_inputs(captured, seed)
+    first, second = (copy.deepcopy(block).double().eval() for block in (original, changed))
+    return _relative_error(_run_rewritten("changed block", second, args, kwargs), _run(first, args, kwargs))
+
+
 def verified_plan(captured: CapturedBlock, tolerance: float = 1e-12) -> RewritePlan:
     """The plan of a captured block, with "index" in the place of every rule that fails its verification.
 

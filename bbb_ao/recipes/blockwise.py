@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
-from bbb_ao.recipes.optimization import Fit, autocast, fit, stream_dtype
+from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows, stream_dtype
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall, Stream, advance, embed, record_calls, working_copy
 
@@ -29,7 +29,7 @@ class BlockRun:
 
     Attributes:
         teacher: the full-precision model, on the CPU; only the block at work is copied to the device.
-        sequences: [sequences, tokens], int64.
+        sequences: [sequences, tokens], int64; the last `generated` of them were written by the model itself.
         names, teacher_blocks, calls: of the decoder blocks, in order.
         entry: the stream that enters the first block.
         kept: the full-precision stream behind each block, kept for the next stage where all of them fit into
@@ -40,6 +40,7 @@ class BlockRun:
     sequences: Tensor
     recipe: Recipe
     device: torch.device
+    generated: int = 0
 
     def __post_init__(self) -> None:
         blocks = find_blocks(self.teacher)
@@ -105,6 +106,7 @@ def train_block_stage(
         one Fit for each block.
     """
     inputs = stream_widths(stage, higher, run.recipe)
+    chosen = stage_rows(stage, run.generated, len(run.sequences))
     teacher_stream = run.entry
     streams = dict.fromkeys(inputs, run.entry)
     fits = []
@@ -113,10 +115,12 @@ def train_block_stage(
         student = student_model.get_submodule(name).to(run.device)
         run_teacher = partial(run.run, call, teacher)
         following = run.behind(number, teacher_stream, teacher)
-        load, loss_of = _block_loss(run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs)
-        fits.append(
-            fit(student.eval(), stage, run.recipe, len(run.sequences), loss_of, seed + number, name, on_step, load)
+        load, loss_of = _block_loss(
+            run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs, chosen
         )
+        with codes_kept(student, stage):
+            result = fit(student.eval(), stage, run.recipe, len(chosen), loss_of, seed + number, name, on_step, load)
+        fits.append(result)
         if number + 1 < len(run.names):
             for width in streams:
                 set_training_bits(student, *width)
@@ -141,16 +145,18 @@ def _block_loss(
     leaving: Stream,
     streams: dict[tuple[int | None, int | None], Stream],
     inputs: list[tuple[int | None, int | None]],
+    chosen: Tensor,
 ) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[..., Tensor]]:
-    """What a batch reads, and the loss of it, summed over the stage's widths with their weights."""
+    """What a batch of positions in `chosen` reads, and the loss of it, summed over the stage's widths with weights."""
     own_inputs = run.recipe.target_stream == "student"
     change = _mean_change(entering, leaving, run.micro_batch)
     factors = stage.loss_weights or (1.0,) * len(stage.widths)
-    active = [chosen for chosen in zip(stage.widths, inputs, factors, strict=True) if chosen[2] != 0]
+    active = [each for each in zip(stage.widths, inputs, factors, strict=True) if each[2] != 0]
     sources = list(dict.fromkeys(source for _, source, _ in active))
     read = [streams[source] for source in sources] + ([] if own_inputs else [leaving])
 
-    def load(rows: Tensor) -> tuple[Tensor, ...]:
+    def load(positions: Tensor) -> tuple[Tensor, ...]:
+        rows = chosen[positions]
         return tuple(stream.read(rows, run.device) for stream in read)
 
     def loss_of(*states: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from bbb_ao.packed_head import find_head, pack_head
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.distill import train_model_stage
+from bbb_ao.recipes.generation import generate_sequences
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
@@ -80,6 +81,7 @@ def train(
     recipe: Recipe,
     device: torch.device | None = None,
     report: Reporter | None = None,
+    generated: Tensor | None = None,
 ) -> Result:
     """Run a recipe's stages on a model.
 
@@ -87,6 +89,8 @@ def train(
         model: the full-precision Hugging Face model; it serves as the teacher, in evaluation mode, and is not changed.
         sequences: calibration ids, int64 [sequences, tokens].
         device: where blocks are trained; None takes `choose_device()`.
+        generated: text of the model's own for stages that ask for it, int64 [recipe.generated, tokens], as from
+            `generate_sequences`; None lets the model write it now.
     Returns:
         the trained student on the CPU, float32 masters, at the last stage's widths.
     Raises:
@@ -96,14 +100,28 @@ def train(
     _check_sequences(sequences, model)
     if recipe.head_bits is not None:
         find_head(model)
+    device = device or choose_device()
     with _evaluating(model):
-        return _train(model, sequences, recipe, device or choose_device(), report or Silent())
+        if recipe.generated and generated is None:
+            generated = generate_sequences(model, sequences, recipe.generated, recipe.seed, device)
+        if recipe.generated and generated is not None:
+            _check_sequences(generated, model)
+            if tuple(generated.shape) != (recipe.generated, sequences.shape[1]):
+                raise DataError(
+                    f"generated: expected {[recipe.generated, sequences.shape[1]]} ids, got {list(generated.shape)}; "
+                    "fix: generate as many sequences, of the same length"
+                )
+            sequences = torch.cat([sequences, generated])
+        return _train(model, sequences, recipe, device, report or Silent())
 
 
 def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Result:
+    """`train` on [calibration and generated sequences, tokens]."""
     start = time.perf_counter()
     torch.manual_seed(recipe.seed)
-    run = BlockRun(model, sequences, recipe, device)
+    in_blocks = any(stage.scope == "block" and stage.text != "calibration" for stage in recipe.stages)
+    own = recipe.generated if in_blocks else 0
+    run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own)
     student = copy.deepcopy(model).float().cpu()
     prepared = prepare_student(student, recipe, run)
     for plan in prepared.plans:
@@ -112,7 +130,9 @@ def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.de
     higher = None
     for number, stage in enumerate(recipe.stages):
         seed = recipe.seed + 10_000 * (number + 1)
-        if stage.scope == "block":
+        if stage.epochs == 0:
+            result.fits.append([])
+        elif stage.scope == "block":
             report.stage(number, stage.name, len(run.names))
             result.fits.append(train_block_stage(run, student, stage, higher, seed, report.block, report.step))
         else:

@@ -1,7 +1,14 @@
-"""End-to-end stages: the whole student against the full-precision model's distribution.
+"""End-to-end stages: the whole student against the full-precision model's distribution, or against the text.
 
-loss = T**2 * KL(softmax(z / T) || softmax(z_q / T)), the mean over all positions, with z the teacher's and z_q the
-student's logits; a sum over the stage's widths with their weights. Source: design.md, section 1.5.
+With p = softmax(z / T) the teacher's and q = softmax(z_q / T) the student's distribution, the mean over positions of
+
+    forward_kl   T**2 * KL(p || q)
+    reverse_kl   T**2 * KL(q || p)
+    mixed_kl     T**2 * (g * KL(q || p) + (1 - g) * KL(p || q)), g = mean of p(next token of the text) at T = 1
+    next_token   -log q(next token of the text) at T = 1, over all positions but the last
+
+is summed over the stage's widths with their weights. Sources: design.md, section 1.5; the mixture and its g are
+BitDistiller's (Du et al., arXiv 2402.10631, equations of CAKLD).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,16 +22,46 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
-from bbb_ao.recipes.optimization import Fit, autocast, fit
+from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import record_calls
 
 
-def divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T**2 * KL(teacher || student), mean over positions; logits are [batch, tokens, vocabulary]."""
+def divergence(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, reverse: float = 0.0
+) -> Tensor:
+    """T**2 * (reverse * KL(student || teacher) + (1 - reverse) * KL(teacher || student)), mean over positions.
+
+    Args:
+        teacher_logits, student_logits: [batch, tokens, vocabulary].
+        reverse: share of the reverse divergence, 0 to 1.
+    """
     teacher = F.log_softmax(teacher_logits.flatten(0, -2).float() / temperature, -1)
     student = F.log_softmax(student_logits.flatten(0, -2).float() / temperature, -1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    total = torch.zeros((), device=student.device)
+    if reverse < 1:
+        total = total + (1 - reverse) * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    if reverse > 0:
+        total = total + reverse * F.kl_div(teacher, student, reduction="batchmean", log_target=True)
+    return temperature**2 * total
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of ids[:, 1:] under logits[:, :-1]: [batch, tokens, vocabulary], ids [batch, tokens]."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def confidence(teacher: nn.Module, sequences: Tensor, micro_batch: int, device: torch.device) -> float:
+    """Mean probability that the teacher gives to the text's tokens, 0 to 1; sequences [sequences, tokens], int64."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for rows in sequences.split(micro_batch):
+        ids = rows.to(device)
+        with autocast(device):
+            logits = teacher(ids, use_cache=False).logits[:, :-1]
+        picked = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])
+        total += picked.exp().sum(dtype=torch.float64)
+    return total.item() / sequences[:, 1:].numel()
 
 
 @contextmanager
@@ -68,24 +105,45 @@ def train_model_stage(
     """Train the student's blocks end to end for one stage; embeddings, head and final norm stay as they are.
 
     Args:
-        sequences: [sequences, tokens], int64.
+        sequences: [sequences, tokens], int64; the last `recipe.generated` of them are generated.
         teacher: in evaluation mode.
         seed, on_step: as in `fit`.
     """
     student.requires_grad_(False)
     home = next(teacher.parameters()).device
     blocks = nn.ModuleList([student.get_submodule(name) for name, _ in find_blocks(student)])
+    sequences = sequences[stage_rows(stage, recipe.generated, len(sequences))]
     teacher.to(device)
     # eval: attention dropout would only blur the target.
     student.to(device).eval()
-    factors = stage.loss_weights or (1.0,) * len(stage.widths)
 
     def load(rows: Tensor) -> tuple[Tensor, ...]:
         return (sequences[rows].to(device),)
 
+    try:
+        loss_of = _model_loss(teacher, student, sequences, stage, recipe, device)
+        with codes_kept(blocks, stage), usual_masks(teacher, student, sequences[:1]):
+            return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step, load)
+    finally:
+        set_training_bits(student, stage.widths[-1], stage.act_bits)
+        student.requires_grad_(False).to("cpu")
+        teacher.to(home)
+
+
+def _model_loss(
+    teacher: nn.Module, student: nn.Module, sequences: Tensor, stage: Stage, recipe: Recipe, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """The loss of a micro-batch of ids, [batch, tokens], summed over the stage's widths with their weights."""
+    factors = stage.loss_weights or (1.0,) * len(stage.widths)
+    reverse = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(stage.objective)
+    if stage.objective == "mixed_kl":
+        reverse = confidence(teacher, sequences, recipe.micro_batch or min(4, len(sequences)), device)
+
     def loss_of(ids: Tensor) -> Tensor:
-        with torch.no_grad(), autocast(device):
-            target = teacher(ids, use_cache=False).logits
+        target = None
+        if reverse is not None:
+            with torch.no_grad(), autocast(device):
+                target = teacher(ids, use_cache=False).logits
         total = torch.zeros((), device=device)
         for width, factor in zip(stage.widths, factors, strict=True):
             if factor == 0:
@@ -93,13 +151,11 @@ def train_model_stage(
             set_training_bits(student, width, stage.act_bits)
             with autocast(device):
                 logits = student(ids, use_cache=False).logits
-            total = total + factor * divergence(target, logits, stage.kl_temperature)
+            if target is None or reverse is None:
+                loss = next_token_loss(logits, ids)
+            else:
+                loss = divergence(target, logits, stage.kl_temperature, reverse)
+            total = total + factor * loss
         return total
 
-    try:
-        with usual_masks(teacher, student, sequences[:1]):
-            return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step, load)
-    finally:
-        set_training_bits(student, stage.widths[-1], stage.act_bits)
-        student.requires_grad_(False).to("cpu")
-        teacher.to(home)
+    return loss_of

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from dataclasses import asdict, fields
 from functools import cache
 from importlib.resources import files
@@ -14,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from bbb_ao.errors import RecipeError
 from bbb_ao.recipes import strict_yaml
-from bbb_ao.recipes.stages import SCHEMA, GridSettings, Recipe, Split, Stage
+from bbb_ao.recipes.overrides import apply_override
+from bbb_ao.recipes.stages import SCHEMA, Clip, GridSettings, Recipe, Split, Stage
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -26,7 +26,7 @@ EXPECTED = {
     "dataclass_type": "a mapping",
     "missing": "a value",
 }
-PARTS = {"grid": GridSettings, "split": Split, "stages": Stage}
+PARTS = {"grid": GridSettings, "split": Split, "clip": Clip, "stages": Stage}
 
 
 def shipped_recipes() -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | tuple[str, ...]
     where = str(name_or_path)
     _check_schema(data, where)
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return _validate(data, where)
 
 
@@ -79,41 +79,6 @@ def _check_schema(data: Any, where: str) -> None:
     schema = data.get("schema")
     if type(schema) is int and schema > SCHEMA:
         raise RecipeError(f"{where}: schema: expected {SCHEMA} or lower, got {schema}; fix: update bbb_ao")
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    """Set one field in place; unknown names are left for validation to report."""
-    key, equals, text = override.partition("=")
-    where = f"--set {override}"
-    if not equals or not re.fullmatch(r"[a-z_]+(\.([a-z_]+|\d{1,4}|\*))*", key):
-        raise RecipeError(f"{where}: expected key=value, got {override!r}; fix: for example --set stages.0.lr=1e-4")
-    value = strict_yaml.parse(text, where)
-    owners: list[Any] = [data]
-    *parents, last = key.split(".")
-    for part in parents:
-        owners = [child for owner in owners for child in _children(owner, part, where)]
-    for owner in owners:
-        if isinstance(owner, dict) and last != "*":
-            owner[last] = value
-        elif isinstance(owner, list) and last == "*":
-            owner[:] = [value] * len(owner)
-        elif isinstance(owner, list) and last.isdigit() and int(last) < len(owner):
-            owner[int(last)] = value
-        else:
-            raise RecipeError(f"{where}: expected a field of the recipe, got {last!r}; fix: see the recipe's YAML")
-
-
-def _children(owner: Any, part: str, where: str) -> list[Any]:
-    if isinstance(owner, list) and part == "*":
-        return owner
-    if isinstance(owner, list) and part.isdigit() and int(part) < len(owner):
-        return [owner[int(part)]]
-    if isinstance(owner, dict) and part != "*":
-        # `split.ratio_max=0.1` on a recipe without a split starts from the part's defaults.
-        if owner.get(part) is None:
-            owner[part] = {}
-        return [owner[part]]
-    raise RecipeError(f"{where}: expected a field of the recipe, got {part!r}; fix: see the recipe's YAML")
 
 
 @cache

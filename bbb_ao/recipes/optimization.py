@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,8 +66,13 @@ def stage_steps(stage: Stage, sequences: int) -> int:
 def trainable_groups(module: nn.Module, stage: Stage, train_norms: bool) -> list[dict]:
     """Parameter groups for AdamW, `requires_grad` set accordingly: QATLinears, their scales, and norms.
 
-    Norms are the one-dimensional parameters outside Linears. Everything else is frozen.
+    Norms are the one-dimensional parameters outside Linears. A stage with `train: scales` takes the scales alone,
+    without zero points. Everything else is frozen.
     """
+    if stage.train == "scales":
+        module.requires_grad_(False)
+        only = [linear.scale.requires_grad_() for linear in qat_linears(module).values() if linear.scale is not None]
+        return [{"params": only, "peak": stage.lr if stage.lr_scale is None else stage.lr_scale}]
     weights: list[Tensor] = []
     scales: list[Tensor] = []
     owned: set[int] = set()
@@ -108,6 +113,40 @@ class CopiesRate:
         with torch.no_grad():
             for (linear, columns), old in zip(self.columns, before, strict=True):
                 linear.weight[:, columns] = torch.lerp(old, linear.weight[:, columns], self.factor)
+
+
+class TailAverage:
+    """The mean of parameters over the last `share` of `steps` steps; 0 keeps their last values."""
+
+    def __init__(self, parameters: list[Tensor], share: float, steps: int) -> None:
+        self.parameters = [parameter.detach() for parameter in parameters]
+        self.first = steps - round(share * steps)
+        self.means: list[Tensor] = []
+
+    def after(self, step: int) -> None:
+        """Take in the values after step `step`, from 0."""
+        if step == self.first:
+            self.means = [parameter.clone() for parameter in self.parameters]
+        elif step > self.first:
+            torch._foreach_lerp_(self.means, self.parameters, 1 / (step - self.first + 1))
+
+    def finish(self) -> None:
+        """Set the parameters to their means."""
+        if self.means:
+            torch._foreach_copy_(self.parameters, self.means)
+
+
+@contextmanager
+def codes_kept(module: nn.Module, stage: Stage) -> Iterator[None]:
+    """In a stage with `train: scales`, keep every code below `module` as it is; see `QATLinear.freeze_codes`."""
+    linears = qat_linears(module).values() if stage.train == "scales" else ()
+    for linear in linears:
+        linear.freeze_codes()
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.thaw_codes()
 
 
 @dataclass(frozen=True)
@@ -167,6 +206,12 @@ def update(
     return torch.stack(losses).sum()
 
 
+def stage_rows(stage: Stage, generated: int, total: int) -> Tensor:
+    """Numbers of a stage's sequences among `total`, of which the last `generated` are generated: int64."""
+    first = total - generated if stage.text == "generated" else 0
+    return torch.arange(first, total - generated if stage.text == "calibration" else total)
+
+
 def fit(
     module: nn.Module,
     stage: Stage,
@@ -198,15 +243,18 @@ def fit(
     steps = stage_steps(stage, count)
     copies = CopiesRate(module, recipe.copies_lr_factor)
     recorded = Recorded(partial(update, optimizer, copies, recipe, loss_of), steps)
+    average = TailAverage(parameters, recipe.average, steps)
     history: list[Tensor] = []
     for step, rows in enumerate(batches(count, stage.batch_size, steps, seed)):
         set_learning_rates(optimizer, learning_rate_factor(step, steps, recipe.warmup))
         history.append(recorded(*((rows,) if load is None else load(rows))))
+        average.after(step)
         # Reading the loss waits for the device, so divergence is looked for now and then.
         if step % 50 == 49 or step == steps - 1:
             _check_finite(history[-50:], step, where)
         if on_step is not None:
             on_step(step + 1, steps, history[-1].item)
+    average.finish()
     # Gradients of finished blocks would fill the memory.
     optimizer.zero_grad(set_to_none=True)
     # A gradient that overflows in the last step shows in no loss.

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bbb_ao.clipping import clip_ranges
 from bbb_ao.grid import Grid
 from bbb_ao.passes import (
     RewritePlan,
@@ -42,7 +44,13 @@ class Prepared:
 def recipe_grid(recipe: Recipe) -> Grid:
     """The recipe's grid settings as the core's Grid."""
     settings = recipe.grid
-    return Grid(settings.kind, settings.group_size, settings.zero_point_bits, settings.scale_format)
+    return Grid(
+        settings.kind,
+        settings.group_size,
+        settings.zero_point_bits,
+        settings.scale_format,
+        act_kind=settings.act_kind,
+    )
 
 
 def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) -> Prepared:
@@ -50,7 +58,7 @@ def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) ->
 
     Args:
         student: a float32 copy of the model, on the CPU.
-        run: the full-precision model and the calibration sequences, for the joint metric; None ranks by weights alone.
+        run: the full-precision model and the calibration sequences, for metrics of activations; None has weights alone.
     Raises:
         RecipeError: a target pattern that matches nothing.
         ModelError: no decoder blocks.
@@ -63,14 +71,19 @@ def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) ->
     selected = set(recipe.select(names))
     grid, split = recipe_grid(recipe), recipe.split
     norms: Mapping[str, Mapping[str, Tensor]] = {}
-    if run is not None and split is not None and split.metric == "joint" and max(split.ratio_min, split.ratio_max) > 0:
+    joint = split is not None and split.metric == "joint" and max(split.ratio_min, split.ratio_max) > 0
+    if run is not None and (joint or (recipe.clip is not None and recipe.clip.metric == "activation")):
         norms = activation_norms(run, by_block)
     for number, (name, block) in enumerate(blocks):
         chosen = {linear for linear in block_linears(block) if f"{name}.{linear}" in selected}
         plan = restrict_plan(by_block[name], chosen, producer_rows=split is None or split.producer_rows)
         ratio = 0.0 if split is None else split_ratio(number, len(blocks), split.ratio_min, split.ratio_max)
-        indices = choose_indices(block, plan, ratio, norms.get(name), grid.group_size)
+        known = norms.get(name)
+        ranks = known if split is not None and split.metric == "joint" else None
+        indices = choose_indices(block, plan, ratio, ranks, grid.group_size)
         apply_plan(block, plan, indices, partial(_build, recipe=recipe, grid=grid))
+        for linear in chosen & {consumer for site in plan.sites for consumer in site.consumers}:
+            _initialize(block.get_submodule(linear), recipe, None if known is None else known[linear], run)
     return Prepared(plans, tuple(qat_linears(student)))
 
 
@@ -101,9 +114,36 @@ def _build(
         None if index is None else index.clone(),
         expands_input=expands_input,
         out_index=out_index,
-        learned_scales=recipe.learned_scales,
         detach_scales=recipe.scale_gradient == "detached",
     )
+
+
+def _initialize(host: nn.Module, recipe: Recipe, norm: Tensor | None, run: BlockRun | None) -> None:
+    """Clip a QATLinear's ranges by the recipe, and make its scales parameters where they are learned.
+
+    Args:
+        norm: ||X_m||_2, [in_features], or None for errors of the weights alone.
+    """
+    assert isinstance(host, QATLinear), "_build makes nothing else"
+    if recipe.clip is not None:
+        clip, importance = recipe.clip, None
+        if clip.metric == "activation" and norm is not None:
+            columns = torch.arange(host.in_features) if host.ocs_index is None else host.ocs_index.long().cpu()
+            importance = F.pad(norm.square(), (0, 1))[columns]
+        weight = host.weight.detach()
+        clipped = clip_ranges(
+            weight if run is None else weight.to(run.device),
+            host.grid,
+            recipe.stages[-1].widths[-1],
+            importance,
+            asymmetric=clip.asymmetric,
+            lowest=clip.lowest,
+            steps=clip.steps,
+        )
+        with torch.no_grad():
+            host.weight.copy_(clipped)
+    if recipe.learned_scales:
+        host.learn_scales()
 
 
 def restrict_plan(plan: RewritePlan, chosen: Collection[str], producer_rows: bool) -> RewritePlan:

@@ -57,6 +57,7 @@ class GridSettings:
         group_size: weights along in_features that share one scale; a multiple of 32.
         zero_point_bits: bits of the stored zero offset, 0 (symmetric) to 8; always 2 on the integer grid.
         scale_format: "e4m3" (8 bits a group) or "float32" (32 bits a group, for studies).
+        act_kind: the activations' grid, "half_step" or "integer"; None takes that of the weights.
     """
 
     __pydantic_config__ = STRICT
@@ -64,6 +65,7 @@ class GridSettings:
     group_size: int = 32
     zero_point_bits: int = 4
     scale_format: Literal["e4m3", "float32"] = "e4m3"
+    act_kind: Literal["half_step", "integer"] | None = None
 
     def __post_init__(self) -> None:
         size, bits = self.group_size, self.zero_point_bits
@@ -99,6 +101,29 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Narrowing of each group's range before training; see `bbb_ao.clipping`.
+
+    Attributes:
+        metric: the error that is made small, "weight" (of the weights) or "activation" (weighted by the second moment
+            of the inputs over the calibration tokens).
+        asymmetric: shrink minimum and maximum apart, in (steps + 1)**2 trials, instead of together, in steps + 1.
+        lowest: smallest share of the range that is tried, > 0 to 1.
+        steps: intervals between it and the whole range.
+    """
+
+    __pydantic_config__ = STRICT
+    metric: Literal["weight", "activation"] = "weight"
+    asymmetric: bool = False
+    lowest: float = 0.5
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        _expect_number(self, "lowest", 0, 1, above=True)
+        _expect_count(self, "steps", 1, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One step of the schedule: a width to train at, and how.
 
@@ -107,12 +132,17 @@ class Stage:
             divergence from the full-precision model); model stages come last.
         weight_bits: 2 to 8, or several, widest first: all are trained jointly on one parent code.
         act_bits: width of dynamically quantized activations, 2 to 8; None keeps them at 16 bits.
-        epochs: passes over the calibration sequences, > 0; a fraction stops early.
+        epochs: passes over the stage's sequences; a fraction stops early, 0 sets the widths without training.
         lr: peak learning rate of the weights (AdamW), > 0.
         lr_scale: learning rate of learned scales and zero points; None uses `lr`.
         loss_weights: one factor for each of several `weight_bits`, in their order; None weighs all by 1.
         batch_size: sequences per optimizer step.
         kl_temperature: softens both distributions of a model stage; 1 leaves them alone.
+        objective: loss of a model stage: "forward_kl", KL(model || student); "reverse_kl", KL(student || model);
+            "mixed_kl", their mean, the reverse one weighted by the model's mean probability of the text's tokens
+            (BitDistiller); or "next_token", the cross-entropy of the text.
+        train: "all", or "scales" alone, with every code as it is (EfficientQAT); scales are learned from then on.
+        text: sequences to train on: the "calibration" text, the "generated" ones, or "both".
     """
 
     __pydantic_config__ = STRICT
@@ -125,6 +155,9 @@ class Stage:
     loss_weights: tuple[float, ...] | None = None
     batch_size: int = 4
     kl_temperature: float = 1.0
+    objective: Literal["forward_kl", "reverse_kl", "mixed_kl", "next_token"] = "forward_kl"
+    train: Literal["all", "scales"] = "all"
+    text: Literal["calibration", "generated", "both"] = "calibration"
 
     def __post_init__(self) -> None:
         widths = self.widths
@@ -134,11 +167,13 @@ class Stage:
         _expect(falling, "weight_bits", "widths that fall", self.weight_bits, "list each once, widest first")
         valid = self.act_bits is None or _is_bits(self.act_bits)
         _expect(valid, "act_bits", "a whole number from 2 to 8, or null", self.act_bits, "use null, 8, 4 or 2")
-        _expect_number(self, "epochs", 0, 1e6, above=True)
+        _expect_number(self, "epochs", 0, 1e6)
         _expect_number(self, "lr", 0, 10, above=True)
         _expect_number(self, "lr_scale", 0, 10)
         _expect_number(self, "kl_temperature", 0, 1e3, above=True)
         _expect_count(self, "batch_size")
+        valid = self.scope == "model" or self.objective == "forward_kl"
+        _expect(valid, "objective", "none in a block stage", self.objective, "leave it out, or write scope: model")
         weights = self.loss_weights
         if weights is not None:
             valid = len(weights) == len(widths) and all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)
@@ -166,11 +201,13 @@ class Recipe:
         name, description: for people.
         grid: the weight grid.
         split: outlier channel splitting, or None for none.
+        clip: narrowing of the groups' ranges before training, or None for their minimum and maximum.
         learned_scales: train scale and zero point as parameters; False derives them from the weights at every step.
         scale_gradient: with derived scales, "minmax" sends the gradient through minimum and maximum, "detached" not.
         stages: in order; neither the weights' nor the activations' width may rise.
         sequences: calibration sequences to draw.
         sequence_length: tokens in each.
+        generated: further sequences that the full-precision model writes itself, for stages whose `text` names them.
         seed: of the draw, the shuffling and the initialization.
         targets: patterns (`re.fullmatch` on the layer's full name); None takes every Linear in the decoder blocks.
         skip: patterns of layers to leave in full precision.
@@ -187,6 +224,7 @@ class Recipe:
         cache: where the streams between blocks live, "memory" (of the CPU) or "disk".
         train_norms: also train the norms' weights inside the blocks.
         copies_lr_factor: learning-rate factor of split channels' two copies, which receive the same gradient, > 0.
+        average: share of a stage's last steps, 0 to 1, over which trained parameters are averaged; 0 takes the last.
     """
 
     __pydantic_config__ = STRICT
@@ -195,11 +233,13 @@ class Recipe:
     description: str = ""
     grid: GridSettings = field(default_factory=GridSettings)
     split: Split | None = None
+    clip: Clip | None = None
     learned_scales: bool = False
     scale_gradient: Literal["minmax", "detached"] = "minmax"
     stages: tuple[Stage, ...]
     sequences: int = 128
     sequence_length: int = 512
+    generated: int = 0
     seed: int = 0
     targets: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
@@ -213,6 +253,7 @@ class Recipe:
     cache: Literal["memory", "disk"] = "memory"
     train_norms: bool = True
     copies_lr_factor: float = 1.0
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         _expect(self.schema == SCHEMA, "schema", f"{SCHEMA}", self.schema, f"write schema: {SCHEMA}")
@@ -224,6 +265,12 @@ class Recipe:
         _expect_number(self, "gradient_clip", 0, above=True)
         _expect_number(self, "warmup", 0, 1)
         _expect_number(self, "copies_lr_factor", 0, 10, above=True)
+        _expect_number(self, "average", 0, 1)
+        _expect_count(self, "generated", 0)
+        for position, stage in enumerate(self.stages):
+            valid = stage.text == "calibration" or self.generated > 0
+            fix = "set generated to a number of sequences"
+            _expect(valid, f"stages.{position}.text", "calibration without generated sequences", stage.text, fix)
         _expect(self.targets != (), "targets", "at least one pattern, or null", [], "write null for every Linear")
         for name, patterns in (("targets", self.targets or ()), ("skip", self.skip)):
             for position, pattern in enumerate(patterns):

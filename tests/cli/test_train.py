@@ -35,14 +35,14 @@ def test_train_leaves_checkpoint_recipe_and_log(trained: Path) -> None:
 
 def test_eval_runs_at_every_width(run, refused, trained: Path, tiny_model: Path) -> None:
     data = ("--data", trained / "data.jsonl")
-    result = run("eval", trained / "out", *data, "--bits", 8, 4, 2, "--json")
+    result = run("eval", trained / "out", *data, "--bits", 8, 6, 4, 3, 2, "--json")
     rows = [json.loads(line) for line in result.out.splitlines()]
-    assert (result.code, result.err, [row["bits"] for row in rows]) == (0, "", [8, 4, 2])
-    assert len({row["ppl"] for row in rows}) == 3
+    assert (result.code, result.err, [row["bits"] for row in rows]) == (0, "", [8, 6, 4, 3, 2])
+    assert len({row["ppl"] for row in rows}) == 5
     whole = json.loads(run("eval", tiny_model, *data, "--json").out)
     assert rows[0]["ppl"] == pytest.approx(whole["ppl"], rel=0.05)
     default = json.loads(run("eval", trained / "out", *data, "--json").out)
-    assert default == rows[2]
+    assert default == rows[4]
     assert "2 bits: perplexity" in run("eval", trained / "out", *data).out
     refused(2, "eval", trained / "out", *data, "--bits", 9)
     refused(2, "eval", trained / "out", *data, "--bits", 1)
@@ -50,10 +50,10 @@ def test_eval_runs_at_every_width(run, refused, trained: Path, tiny_model: Path)
 
 def test_inspect_has_a_line_per_layer(run, trained: Path) -> None:
     lines = run("inspect", trained / "out").out.splitlines()
-    assert lines[0].split() == ["layer", "widths", "act_bits", "bits_per_weight", "split_channels", "bytes"]
+    assert lines[0].split() == ["layer", "widths", "bits", "act_bits", "bits_per_weight", "split_channels", "bytes"]
     assert len(lines) == 1 + 7 + 1
     cells = [line.split() for line in lines[1:-1]]
-    assert all(row[1] == "2-8" and row[2] == "16" for row in cells)
+    assert all(row[1:4] == ["2-8", "2", "16"] for row in cells)
     assert lines[-1].split()[0] == "total"
     assert int(lines[-1].split()[-1]) == sum(int(row[-1]) for row in cells)
 
@@ -63,12 +63,36 @@ def test_inspect_and_eval_of_a_packed_head(run, trained: Path, tiny_model: Path,
     assert run("train", tiny_model, *files, *SMALL, "head_bits=4").code == 0
     plain, lines = (run("inspect", folder / "out").out.splitlines() for folder in (trained, tmp_path))
     (head,) = [line.split() for line in lines if line.startswith("lm_head")]
-    assert head[1:3] == ["4", "16"]
-    assert 4.3 < float(head[3]) < 4.6
+    assert head[1:4] == ["4", "4", "16"]
+    assert 4.3 < float(head[4]) < 4.6
     assert int(lines[-1].split()[-1]) == int(plain[-1].split()[-1]) + int(head[-1])
     # The head does not narrow the choice of widths.
     text = ("--data", trained / "data.jsonl", "--window", 32, "--limit", 2)
     assert run("eval", tmp_path / "out", *text, "--bits", 8, 2).code == 0
+
+
+def test_assign_gives_layers_their_own_widths(run, refused, trained: Path, tmp_path: Path) -> None:
+    data = ("--data", trained / "data.jsonl")
+    result = run("assign", trained / "out", *data, "--output", tmp_path / "mixed", "--budget", 5, "--drop-planes")
+    assert (result.code, result.err) == (0, "")
+    rows = dict(line.split() for line in result.out.splitlines()[1:-1])
+    assert len(rows) == 7
+    assert set(rows.values()) <= {"2", "4", "8"}
+    assert len(set(rows.values())) > 1
+    assert float(result.out.splitlines()[-1].split()[1]) <= 5
+    cells = [line.split() for line in run("inspect", tmp_path / "mixed").out.splitlines()[1:-1]]
+    assert {row[0]: row[2] for row in cells} == rows
+    evaluated = json.loads(run("eval", tmp_path / "mixed", *data, "--json").out)
+    wide, narrow = (json.loads(run("eval", trained / "out", *data, "--json", "--bits", n).out) for n in (8, 2))
+    assert evaluated["bits"] == "mixed"
+    assert evaluated["ppl"] not in (wide["ppl"], narrow["ppl"])
+    assert "mixed widths: perplexity" in run("eval", tmp_path / "mixed", *data).out
+    out = ("--output", tmp_path / "other")
+    assert "got both or none" in refused(2, "assign", trained / "out", *data, *out)
+    assert "budget: expected at least" in refused(2, "assign", trained / "out", *data, *out, "--bytes", 10)
+    assert "two widths" in refused(2, "assign", trained / "out", *data, *out, "--budget", 3, "--bits", 2)
+    assert "expected kl or loss" in refused(2, "assign", trained / "out", *data, *out, "--budget", 3, "--metric", "l2")
+    assert "as stored" in refused(3, "assign", tmp_path / "mixed", *data, *out, "--budget", 3)
 
 
 def test_one_seed_gives_one_checkpoint(run, trained: Path, tiny_model: Path, tmp_path: Path) -> None:

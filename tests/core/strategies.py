@@ -30,6 +30,7 @@ GRIDS = [
     Grid(zero_point_bits=8),
     Grid(group_size=64),
     Grid(kind="integer", zero_point_bits=2),
+    Grid(act_kind="integer"),
 ]
 
 

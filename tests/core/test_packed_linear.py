@@ -218,6 +218,12 @@ def test_exports(act_bits: int | None, rows: int) -> None:
     torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_exports_as_the_root_too() -> None:
+    layer = PackedLinear.from_qat(make_pair(0, 40, 0.3)[0], 2).eval()
+    x = make_input(0, 40)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
 def test_exports_with_a_dynamic_number_of_rows() -> None:
     model = nn.Sequential(make_pair(0, 40, 0.3)[1])
     rows = torch.export.Dim("rows", min=2, max=64)

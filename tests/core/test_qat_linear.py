@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bbb_ao.activations import fake_quantize_activation
-from bbb_ao.grid import Grid, fake_quantize_weight, scale_and_zero_point
+from bbb_ao.grid import Grid, fake_quantize_weight, quantize_weight, scale_and_zero_point
 from bbb_ao.qat_linear import QATLinear, become, qat_linears, set_training_bits
 from bbb_ao.splitting import channel_metric, choose_index, expand_channels, split_channels
 from core.strategies import FEW, act_widths, generator, grids, make_linear, product_bound, seeds, widths
@@ -45,7 +45,7 @@ def test_forward_equals_the_formula(
             assert torch.equal(stored, split_channels(linear.weight.detach(), index))
     scale, zero_point = scale_and_zero_point(stored, grid)
     if act_bits is not None:
-        columns = fake_quantize_activation(columns, act_bits, grid.group_size, grid.kind)
+        columns = fake_quantize_activation(columns, act_bits, grid.group_size, grid.activation_kind)
     if index is not None:
         columns = columns * (index != width)
     weight = fake_quantize_weight(stored, scale, zero_point, bits, grid)
@@ -247,3 +247,38 @@ def test_merged_weight_is_what_the_layer_computes() -> None:
     y = qat.double()(x) - qat.bias
     torch.testing.assert_close(x @ qat.merged_weight(3).T, y, rtol=1e-12, atol=1e-12)
     assert torch.equal(qat.merged_weight().float(), make_linear(0, 64, 24).weight)
+
+
+@pytest.mark.parametrize("grid", [Grid(), Grid(zero_point_bits=0), Grid("integer", zero_point_bits=2)])
+def test_frozen_codes_stay_while_the_scale_moves(grid: Grid) -> None:
+    qat = make_qat(3, ratio=0.3, grid=grid)
+    with torch.no_grad():
+        qat.weight[2, :32] = 0.0
+    before = quantize_weight(qat.weight.detach(), *qat.rounded_scales(), grid).codes
+    qat.freeze_codes()
+    with torch.no_grad():
+        qat.scale *= 0.5 + torch.rand(qat.scale.shape, generator=generator(4))
+    frozen = {}
+    for bits in (2, 3, 4, 8):
+        qat.set_bits(bits)
+        frozen[bits] = qat(make_input(0, 64))
+    qat.thaw_codes()
+    assert qat.frozen_scale is None
+    assert torch.equal(quantize_weight(qat.weight.detach(), *qat.rounded_scales(), grid).codes, before)
+    for bits, output in frozen.items():
+        qat.set_bits(bits)
+        torch.testing.assert_close(qat(make_input(0, 64)), output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("grid", [Grid(scale_format="float32"), Grid("integer", 32, 2, "float32")])
+def test_gradient_of_the_scale_at_frozen_codes_is_the_levels(grid: Grid, bits: int) -> None:
+    qat = make_qat(5, grid=grid, bits=bits)
+    qat.freeze_codes()
+    x = make_input(1, 64)
+    qat(x).square().sum().backward()
+    weight = fake_quantize_weight(qat.weight, *qat.rounded_scales(), bits, grid).detach()
+    levels = weight.unflatten(1, (-1, 32)) / qat.scale.detach().unsqueeze(-1)
+    upstream = (2 * qat(x).detach()).T @ x
+    expected = (upstream.unflatten(1, (-1, 32)) * levels).sum(-1)
+    torch.testing.assert_close(qat.scale.grad, expected, rtol=1e-3, atol=1e-3)

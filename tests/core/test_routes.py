@@ -20,8 +20,8 @@ def kind(**change) -> LayerKind:
         (16, (9, 0), "warpgroup"),
         (256, (9, 0), "warpgroup"),
         (1025, (9, 0), "dequantize"),
-        (8, (8, 0), "decode"),
-        (16, (8, 0), "dequantize"),
+        (8, (8, 9), "decode"),
+        (16, (8, 9), "dequantize"),
         (1, (12, 0), "decode"),
     ],
 )

@@ -40,20 +40,33 @@ RECIPE = Recipe(
     micro_batch=2,
     copies_lr_factor=0.5,
 )
+# What else a step can be: averaged weights, text of the model's own, other objectives, scales alone.
+OTHER = replace(
+    RECIPE,
+    stages=(
+        Stage(weight_bits=2, epochs=6, lr=1e-3, batch_size=4, text="both"),
+        Stage(scope="model", weight_bits=2, epochs=12, lr=1e-4, batch_size=4, objective="mixed_kl", text="generated"),
+        Stage(scope="model", weight_bits=2, epochs=12, lr=1e-4, batch_size=4, objective="next_token", train="scales"),
+    ),
+    generated=8,
+    average=0.5,
+)
 IDS = torch.randint(0, 200, (8, 64), generator=torch.Generator().manual_seed(1))
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, worthwhile: int, recipe: Recipe = RECIPE) -> tuple[list, list[str]]:
     monkeypatch.setattr(replay, "WORTHWHILE", worthwhile)
-    result = train(copy.deepcopy(tiny_llama()), IDS, recipe, torch.device("cuda"))
+    generated = IDS.flip(1) if recipe.generated else None
+    result = train(copy.deepcopy(tiny_llama()), IDS, recipe, torch.device("cuda"), generated=generated)
     how = [fit.how for stage in result.fits for fit in stage]
     return [p.detach() for p in result.model.parameters()], how
 
 
-def test_recorded_training_equals_eager_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager, how = trained(monkeypatch, 10**9)
+@pytest.mark.parametrize("recipe", [RECIPE, OTHER], ids=["plain", "other"])
+def test_recorded_training_equals_eager_training(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
+    eager, how = trained(monkeypatch, 10**9, recipe)
     assert set(how) == {f"eager: 24 steps are fewer than {10**9}"}
-    recorded, how = trained(monkeypatch, 20)
+    recorded, how = trained(monkeypatch, 20, recipe)
     assert set(how) == {"recorded"}, how
     for a, b in zip(eager, recorded, strict=True):
         # The same kernels in the same order; 24 AdamW steps of 1e-3 move a weight by up to 2e-2.

@@ -10,6 +10,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
+from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel
 
 CODES = {"ZB": 4, "H": 0.5, "EXPONENTS": False, "BIASED": True}
 
@@ -23,13 +24,21 @@ def ptx(kernel, signature: dict[str, str], constants: dict[str, object], warps: 
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 
+def decode_signature(dtype: str) -> dict[str, str]:
+    signature = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), f"*{dtype}")
+    signature |= dict.fromkeys(("high_ptr", "mid_ptr", "low_ptr", "scale_ptr", "zero_ptr"), "*u8")
+    return signature | {"exponent_ptr": "*i32", "index_ptr": "*i32", "in_features": "i32", "N": "i32"}
+
+
 def decode(dtype: str, bits: int) -> str:
-    floats, codes = f"*{dtype}", "*u8"
-    signature = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), floats)
-    signature |= dict.fromkeys(("high_ptr", "mid_ptr", "low_ptr", "scale_ptr", "zero_ptr"), codes)
-    signature |= {"exponent_ptr": "*i32", "index_ptr": "*i32", "in_features": "i32", "N": "i32"}
     constants = {**CODES, "NB": 16, "R": bits, "MASK": 2**bits - 1, "M": 1, "INDEXED": False, "TILES": 1, "WARPS": 4}
-    return ptx(decode_kernel, signature, constants, 4)
+    return ptx(decode_kernel, decode_signature(dtype), constants, 4)
+
+
+def dynamic(dtype: str, bits: int) -> str:
+    constants = {**CODES, "NB": 16, "R": bits, "MASK": 2**bits - 1, "INDEXED": True, "TILES": 1, "WARPS": 4}
+    constants |= {"ACT_BITS": bits, "ACT_HALF": bits != 4}
+    return ptx(dynamic_decode_kernel, decode_signature(dtype), constants, 4)
 
 
 def matmul(dtype: str, bits: int) -> str:
@@ -46,5 +55,5 @@ def matmul(dtype: str, bits: int) -> str:
 
 if __name__ == "__main__":
     for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2)):
-        for build in (decode, matmul):
+        for build in (decode, dynamic, matmul):
             (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))

@@ -138,6 +138,22 @@ def test_scales_are_rounded_to_nearest_and_never_to_zero() -> None:
     assert torch.isnan(decode_scale(bad, level)).all()
 
 
+@FEW
+@given(seeds, st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1e-4, 1.0, 100.0]))
+def test_scales_rounded_up_are_the_smallest_that_are_not_smaller(seed: int, dtype: torch.dtype, size: float) -> None:
+    level = torch.tensor(3, dtype=torch.int32)
+    scale = (random(seed, 100).abs().to(dtype) * size).clamp(max=448 * 8)
+    up = encode_scale(scale, level, up=True)
+    assert (decode_scale(up, level, dtype) >= scale).all()
+    below = decode_scale((up.int() - 1).clamp(min=0).to(torch.uint8), level, dtype)
+    assert ((below < scale) | (up <= 1)).all()
+    exact = decode_scale(up, level, dtype)
+    assert torch.equal(encode_scale(exact, level, up=True), up)
+    limits = torch.tensor([0.0, 448.0 * 8, 1e9], dtype=dtype)
+    assert encode_scale(limits, level, up=True).tolist() == [0, 0x7E, 0x7E]
+    assert torch.isnan(decode_scale(encode_scale(torch.tensor([float("inf")]), level, up=True), level)).all()
+
+
 @pytest.mark.parametrize(
     ("bits", "zero_point_bits", "half_step"), [(2, 4, True), (2, 2, False), (4, 2, False), (4, 0, True)]
 )

@@ -22,6 +22,9 @@ from bbb_ao.kernels import (
     fake_quantize_given,
     fake_quantize_tokens,
     quantize,
+    quantize_activation,
+    round_scale,
+    scale_exponent,
     slice_codes,
 )
 from bbb_ao.kernels.fake_quantize import dispatch, launch
@@ -235,6 +238,33 @@ def test_tokens_equal_the_reference(half_step: bool, dtype: torch.dtype) -> None
         assert (error <= gradient_bound(upstream, 32) + rounding).all(), (bits, error.max())
 
 
+@pytest.mark.parametrize("half_step", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_scales_of_tokens_are_rounded_as_in_the_reference(bits: int, half_step: bool) -> None:
+    """At every E4M3 number, just beside it, between it and the next one, and below the smallest."""
+    exact = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    between = torch.cat([exact[:1] / 2, (exact[1:] + exact[:-1]) / 2])
+    ratios = torch.cat([torch.nextafter(r, r + side) for r in (exact, between) for side in (-1, 0, 1)]).clamp(max=448)
+    steps = 2**bits - (not half_step)
+    for magnitude in (1.0, 2.0**-90, 2.0**100):
+        high = ratios.double() * steps * magnitude
+        share = torch.rand(len(ratios), 32, generator=torch.Generator().manual_seed(bits))
+        share[:, 3], share[:, 7] = 1, 0
+        x = (share.double() * high[:, None]).float().view(1, -1)
+        door = partial(fake_quantize_tokens, bits=bits, half_step=half_step)
+        upstream = randn(bits, *x.shape)
+        expected, (reference,) = run(door, [x], upstream)
+        found, (gradient,) = with_kernels(door, x, backward=upstream)
+        assert torch.equal(found, expected), magnitude
+        assert ((gradient - reference).double().abs() <= gradient_bound(upstream, 32)).all(), magnitude
+        # The rule itself, by the scale that the reference gives.
+        _, scale, _ = quantize_activation(x.view(-1, 32), bits, half_step)
+        exponent = scale_exponent(scale.amax())
+        nearest = round_scale(x.view(-1, 32)[:, 3] / steps, exponent)
+        assert (scale >= nearest).all()
+        assert (bits >= 4) == bool((scale > nearest).any())
+
+
 @FEW
 @given(seeds, st.integers(0, 5), st.integers(1, 140), widths, st.booleans(), st.sampled_from([1e-38, 1.0, 1e30]))
 def test_any_number_of_tokens_and_features_works(
@@ -310,7 +340,10 @@ def test_results_can_be_written_in_another_type() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
 @pytest.mark.parametrize("half_step", [True, False])
 @pytest.mark.parametrize("group_size", [32, 96])
-def test_gathered_rows_equal_the_reference(group_size: int, half_step: bool, dtype: torch.dtype) -> None:
+def test_gathered_rows_equal_the_reference(
+    group_size: int, half_step: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "ROW_TILE", 2048)
     # More groups than one tile holds, and fewer.
     for bits, groups, rows in ((2, 3, 5), (4, 140, 2), (8, 3, 1)):
         features = groups * group_size

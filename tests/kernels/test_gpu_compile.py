@@ -17,7 +17,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """PTX of each kernel and setting, compiled in a process of its own: here Triton may be its interpreter."""
     folder = tmp_path_factory.mktemp("ptx")
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore"}
+    root = str(SCRIPT.parent.parent.parent)
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, SCRIPT, folder], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {path.stem: path.read_text() for path in folder.glob("*.ptx")}
@@ -26,7 +27,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_every_kernel_and_width_compiles(ptx: dict[str, str]) -> None:
     assert set(ptx) == {
         f"{kind}_{dtype}_{bits}"
-        for kind in ("decode", "matmul")
+        for kind in ("decode", "dynamic", "matmul")
         for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2))
     }
 
@@ -45,6 +46,15 @@ def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: d
             planes = {"2": 1, "4": 2, "8": 4}[name[-1]]
             wide = len(re.findall(r"ld\.global\.v4\.b32", text))
             assert wide >= 4 * planes, (name, wide)
+
+
+def test_quantized_activations_multiply_as_integers(ptx: dict[str, str]) -> None:
+    for name, text in ptx.items():
+        if name.startswith("dynamic"):
+            # Half as many products as of 16-bit floats.
+            products = len(re.findall(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32", text))
+            assert products == 16, (name, products)
+            assert "mma.sync.aligned.m16n8k16" not in text, name
 
 
 def test_the_hopper_kernel_multiplies_with_wgmma_and_copies_ahead(ptx: dict[str, str]) -> None:

@@ -193,7 +193,7 @@ def test_gradients_reach_the_input_through_the_shared_product() -> None:
     torch.testing.assert_close(gradient(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["bias", "load", "move"])
+@pytest.mark.parametrize("change", ["bias", "load", "move", "drop"])
 def test_a_changed_model_computes_single_products(change: str) -> None:
     module = nn.ModuleList(make_layers())
     rows = FusedRows([layer for layer in module if isinstance(layer, PackedLinear)])
@@ -202,6 +202,11 @@ def test_a_changed_model_computes_single_products(change: str) -> None:
         module.to(torch.bfloat16)
     elif change == "move":
         module.to("meta")
+    elif change == "drop":
+        module[1].set_bits(2)
+        before = module[1](x)
+        module[1].drop_planes(2)
+        assert torch.equal(module[1](x), before)
     else:
         state = module.state_dict()
         state["1.scale_exponent"] = state["1.scale_exponent"] + 1

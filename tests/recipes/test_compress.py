@@ -16,7 +16,7 @@ from bbb_ao.recipes import compress as engine
 from bbb_ao.recipes.compress import Silent, compress, train
 from bbb_ao.recipes.evaluate import perplexity
 from bbb_ao.recipes.loader import load_recipe
-from bbb_ao.recipes.stages import GridSettings, Split, Stage
+from bbb_ao.recipes.stages import Clip, GridSettings, Split, Stage
 
 CPU = torch.device("cpu")
 
@@ -60,6 +60,19 @@ CASES = {
     "llama, no producer rows": ("llama", {"split": Split(ratio_min=0.5, ratio_max=0.9, producer_rows=False)}),
     "llama, learned": ("llama", {"learned_scales": True, "split": None}),
     "llama, integer": ("llama", {"grid": GridSettings(kind="integer", zero_point_bits=2)}),
+    "llama, groups of 64": ("llama", {"grid": GridSettings(group_size=64)}),
+    "llama, groups of 128": ("llama", {"grid": GridSettings(group_size=128), "split": None}),
+    "llama, clipped, generated text": (
+        "llama",
+        {
+            "clip": Clip(metric="activation", asymmetric=True, steps=2),
+            "generated": 3,
+            "stages": (
+                Stage(weight_bits=(8, 4, 2), epochs=0.5, batch_size=4, text="both"),
+                Stage(scope="model", weight_bits=(8, 4, 2), objective="mixed_kl", text="generated", train="scales"),
+            ),
+        },
+    ),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {}),
     "ragged": ("ragged", {"split": None}),

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbb_ao.errors import NumericsError
+from bbb_ao.grid import quantize_weight
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import qat_linears, set_training_bits
-from bbb_ao.recipes.distill import divergence, train_model_stage, usual_masks
+from bbb_ao.recipes.distill import confidence, divergence, next_token_loss, train_model_stage, usual_masks
 from bbb_ao.recipes.prepare import prepare_student
 from bbb_ao.recipes.stages import Stage
 
@@ -25,17 +26,19 @@ CPU = torch.device("cpu")
     vocabulary=st.integers(1, 40),
     magnitude=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
     temperature=st.sampled_from([0.5, 1.0, 4.0]),
+    reverse=st.sampled_from([0.0, 0.3, 1.0]),
 )
-def test_divergence_is_the_formula(seed, batch, tokens, vocabulary, magnitude, temperature):
+def test_divergence_is_the_formula(seed, batch, tokens, vocabulary, magnitude, temperature, reverse):
     generator = torch.Generator().manual_seed(seed)
     teacher, student = magnitude * torch.randn(2, batch, tokens, vocabulary, generator=generator)
     p = (teacher.double() / temperature).softmax(-1)
     log_p, log_q = ((z.double() / temperature).log_softmax(-1) for z in (teacher, student))
-    expected = temperature**2 * (p * (log_p - log_q)).sum(-1).mean()
+    forward, backward = (p * (log_p - log_q)).sum(-1).mean(), (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    expected = temperature**2 * ((1 - reverse) * forward + reverse * backward)
     # A sum of K products of a probability and a difference of logarithms, each right to a few eps of the largest.
     bound = 8 * vocabulary**0.5 * 2**-23 * (temperature**2 + temperature * 8 * magnitude)
-    assert abs(float(divergence(teacher, student, temperature) - expected)) <= bound
-    assert float(divergence(teacher, teacher, temperature)) == 0
+    assert abs(float(divergence(teacher, student, temperature, reverse) - expected)) <= bound
+    assert float(divergence(teacher, teacher, temperature, reverse)) == 0
 
 
 def test_divergence_takes_bfloat16_logits_in_float32():
@@ -165,3 +168,59 @@ def test_divergence_that_is_nan_names_the_stage(pairs, make_recipe, ids):
     with pytest.raises(NumericsError, match=r"^w2a16 model: the loss is NaN or infinite at step 1"):
         train_model_stage(teacher, student, ids, Stage(scope="model", batch_size=8), make_recipe(), CPU, 0)
     assert not any(p.requires_grad for p in student.parameters()), "left as after a success"
+
+
+def test_confidence_is_the_mean_probability_of_the_text(pairs, ids):
+    teacher, _ = pairs["llama"]
+    with torch.no_grad():
+        probabilities = teacher(ids, use_cache=False).logits.double().softmax(-1)[:, :-1]
+    expected = float(probabilities.gather(-1, ids[:, 1:, None]).mean())
+    assert confidence(teacher, ids, 3, CPU) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_the_text_is_the_models_own(pairs, ids):
+    teacher, _ = pairs["llama"]
+    with torch.no_grad():
+        output = teacher(ids, labels=ids, use_cache=False)
+    assert float(next_token_loss(output.logits, ids)) == pytest.approx(float(output.loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "mixed_kl", "next_token"])
+def test_the_first_loss_is_that_of_the_objective(objective, pairs, make_recipe, ids):
+    teacher, student = copy.deepcopy(pairs["llama"])
+    stage = Stage(scope="model", objective=objective, epochs=1, batch_size=8, lr=1e-30)
+    fit = train_model_stage(teacher, student, ids, stage, make_recipe(), CPU, 0)
+    set_training_bits(student, 2)
+    with torch.no_grad():
+        target, logits = (model(ids, use_cache=False).logits for model in (teacher, student))
+    reverse = {"reverse_kl": 1.0, "mixed_kl": confidence(teacher, ids, 8, CPU)}.get(objective)
+    expected = next_token_loss(logits, ids) if reverse is None else divergence(target, logits, 1.0, reverse)
+    assert fit.first_loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_stage_of_scales_keeps_every_code(pairs, make_recipe, ids):
+    teacher, student = copy.deepcopy(pairs["llama"])
+    before = {name: copy.deepcopy(linear) for name, linear in qat_linears(student).items()}
+    start = kl(teacher, student, ids, 2)
+    stage = Stage(scope="model", train="scales", epochs=8, lr=1e-3, batch_size=4)
+    train_model_stage(teacher, student, ids, stage, make_recipe(), CPU, 0)
+    assert kl(teacher, student, ids, 2) < 0.95 * start
+    for name, linear in qat_linears(student).items():
+        codes = [quantize_weight(x.weight.detach(), *x.rounded_scales(), x.grid) for x in (before[name], linear)]
+        assert torch.equal(codes[0].codes, codes[1].codes), name
+        assert torch.equal(codes[0].zero_point, codes[1].zero_point), name
+        assert not torch.equal(codes[0].scale, codes[1].scale), name
+        assert linear.frozen_scale is None
+
+
+def test_a_stage_reads_the_text_that_it_names(pairs, make_recipe, ids, monkeypatch):
+    seen = []
+    teacher, student = copy.deepcopy(pairs["llama"])
+    student.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for text, rows in (("calibration", ids[:5]), ("generated", ids[5:]), ("both", ids)):
+        seen.clear()
+        stage = Stage(scope="model", text=text, epochs=1, batch_size=8)
+        recipe = make_recipe(stages=(stage,), generated=3)
+        train_model_stage(teacher, student, ids, stage, recipe, CPU, 0)
+        drawn = torch.cat(seen)
+        assert sorted(drawn.tolist()) == sorted(rows.tolist())

@@ -16,10 +16,12 @@ from bbb_ao.qat_linear import QATLinear
 from bbb_ao.recipes import optimization
 from bbb_ao.recipes.optimization import (
     CopiesRate,
+    TailAverage,
     autocast,
     batches,
     fit,
     learning_rate_factor,
+    stage_rows,
     stage_steps,
     stream_dtype,
     trainable_groups,
@@ -261,3 +263,41 @@ def test_autocast_decides_the_type_of_streams(monkeypatch):
     assert stream_dtype(CPU) == torch.bfloat16
     with autocast(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("share", "taken"), [(0.0, 1), (0.3, 3), (1.0, 10)])
+def test_the_average_is_over_the_last_steps(share, taken):
+    values = torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parameter = nn.Parameter(torch.empty(4, dtype=torch.float64))
+    average = TailAverage([parameter], share, 10)
+    for step, value in enumerate(values):
+        parameter.data.copy_(value)
+        average.after(step)
+    average.finish()
+    torch.testing.assert_close(parameter.detach(), values[-taken:].mean(0), rtol=1e-14, atol=1e-15)
+
+
+def test_a_recipe_averages_its_weights(make_recipe):
+    weights = {}
+    for share in (0.0, 0.5):
+        linear = split_linear()
+        seen = []
+        stage = Stage(epochs=4, lr=1e-2, batch_size=24)
+        fit(
+            linear,
+            stage,
+            make_recipe(average=share, micro_batch=None),
+            24,
+            regression(linear),
+            0,
+            "x",
+            lambda *_, linear=linear, seen=seen: seen.append(linear.weight.detach().clone()),
+        )
+        weights[share] = (linear.weight.detach(), torch.stack(seen))
+    torch.testing.assert_close(weights[0.5][0], weights[0.5][1][2:].mean(0), rtol=1e-6, atol=1e-7)
+    assert torch.equal(weights[0.0][0], weights[0.0][1][-1])
+
+
+def test_rows_of_a_stage():
+    rows = {text: stage_rows(Stage(text=text), 2, 5).tolist() for text in ("calibration", "generated", "both")}
+    assert rows == {"calibration": [0, 1, 2], "generated": [3, 4], "both": [0, 1, 2, 3, 4]}

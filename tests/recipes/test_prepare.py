@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from bbb_ao.errors import RecipeError
-from bbb_ao.passes import RewritePlan, SplitSite, block_linears, find_blocks
+from bbb_ao.grid import fake_quantize_weight, scale_and_zero_point
+from bbb_ao.passes import RewritePlan, SplitSite, block_linears, capture_model, find_blocks, plan_block
 from bbb_ao.passes.capture import CapturedBlock
 from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes import prepare
 from bbb_ao.recipes.blockwise import BlockRun
+from bbb_ao.recipes.compress import train
 from bbb_ao.recipes.prepare import activation_norms, prepare_student, restrict_plan, round_to_nearest
-from bbb_ao.recipes.stages import GridSettings, Split, Stage
+from bbb_ao.recipes.stages import Clip, GridSettings, Split, Stage
 
 CPU = torch.device("cpu")
 PLAN = RewritePlan(
@@ -247,3 +249,37 @@ def test_round_to_nearest_is_a_copy_at_the_recipes_widths(make_model, make_recip
     assert all(linear.weight.dtype == torch.float32 and linear.ocs_index is None for linear in layers)
     assert not qat_linears(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("metric", ["weight", "activation"])
+def test_ranges_are_clipped_before_scales_are_learned(metric, make_model, make_recipe, run_of):
+    clip = Clip(metric=metric, lowest=0.3, steps=7)
+    plain, clipped = make_model("llama"), make_model("llama")
+    for student, fields in ((plain, {}), (clipped, {"clip": clip, "learned_scales": True})):
+        prepare_student(student, make_recipe(**fields), run_of("llama"))
+    plan = plan_block(capture_model(make_model("llama"))[0])
+    norms = activation_norms(run_of("llama"), dict.fromkeys(run_of("llama").names, plan))
+    for name, host in qat_linears(clipped).items():
+        weight = qat_linears(plain)[name].weight.detach()
+        assert (host.weight.abs() <= weight.abs()).all(), name
+        assert torch.equal(host.scale.detach(), scale_and_zero_point(host.weight.detach(), host.grid)[0]), name
+        importance = torch.ones(host.stored_features)
+        if metric == "activation":
+            block, linear = name.rsplit(".", 2)[0], name.split(".", 3)[3]
+            importance = norms[block][linear].square()[host.ocs_index.long()]
+        quantized = [
+            fake_quantize_weight(w, *scale_and_zero_point(w, host.grid), 2, host.grid)
+            for w in (weight, host.weight.detach())
+        ]
+        before, after = (((q - weight).square() * importance).sum() for q in quantized)
+        assert after < 0.98 * before, name
+
+
+def test_a_stage_without_epochs_only_sets_the_widths(make_model, make_recipe, ids):
+    recipe = make_recipe(stages=(Stage(weight_bits=2, act_bits=4, epochs=0),))
+    result = train(make_model("llama"), ids, recipe, CPU)
+    assert result.fits == [[]]
+    student = make_model("llama")
+    prepare_student(student, recipe, BlockRun(make_model("llama"), ids, recipe, CPU))
+    set_training_bits(student, 2, 4)
+    assert torch.equal(logits(result.model, ids), logits(student, ids))

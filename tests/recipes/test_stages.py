@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bbb_ao.errors import ModelError, RecipeError
-from bbb_ao.recipes.stages import GridSettings, Recipe, Split, Stage
+from bbb_ao.recipes.stages import Clip, GridSettings, Recipe, Split, Stage
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "mlp.up_proj")]
 
@@ -20,11 +20,30 @@ def test_bad_widths_are_refused(bits: Any) -> None:
         Stage(weight_bits=bits)
 
 
-@pytest.mark.parametrize("name", ["lr", "epochs", "kl_temperature"])
+@pytest.mark.parametrize("name", ["lr", "kl_temperature"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0, True, "1", 1e9])
 def test_bad_rates_are_refused(name: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=f"{name}: expected a finite number > 0"):
         Stage(**{name: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, True, "1", 1e9])
+def test_bad_epochs_are_refused(value: Any) -> None:
+    with pytest.raises(RecipeError, match="epochs: expected a finite number >= 0"):
+        Stage(epochs=value)
+
+
+def test_objectives_belong_to_model_stages_and_generated_text_to_recipes_that_have_it() -> None:
+    assert Stage(scope="model", objective="mixed_kl").objective == "mixed_kl"
+    with pytest.raises(RecipeError, match=r"^objective: expected none in a block stage, got 'reverse_kl'; fix: "):
+        Stage(objective="reverse_kl")
+    own = (Stage(), Stage(scope="model", text="both"))
+    assert recipe(stages=own, generated=4).generated == 4
+    with pytest.raises(RecipeError, match=r"^stages\.1\.text: expected calibration .*; fix: set generated"):
+        recipe(stages=own)
+    for values in ({"generated": -1}, {"average": 1.5}, {"average": -0.1}):
+        with pytest.raises(RecipeError, match=next(iter(values))):
+            recipe(**values)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (-1.0,), (float("nan"),), (0.0,)])
@@ -42,6 +61,9 @@ def test_bad_loss_weights_are_refused(weights: tuple[float, ...]) -> None:
         (GridSettings, {"zero_point_bits": 9}),
         (GridSettings, {"kind": "integer", "zero_point_bits": 4}),
         (Split, {"ratio_max": 1.1}),
+        (Clip, {"lowest": 0.0}),
+        (Clip, {"lowest": 1.1}),
+        (Clip, {"steps": 0}),
         (Split, {"ratio_min": float("nan")}),
     ],
 )

@@ -1,18 +1,24 @@
 """Launches of the fake quantization kernels: tensors in, tensors out, no autograd."""
 
+# pyright: reportAttributeAccessIssue=false
+# It does not see triton.knobs.
+
 from typing import Any, NamedTuple
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from bbb_ao.kernels.fake_quantize import triton_kernels
+from bbb_ao.kernels.fake_quantize import row_kernel, triton_kernels
+from bbb_ao.kernels.fake_quantize.reference import SCALE_UP_BITS
 
 # Untyped: without Triton at hand, a type checker sees plain functions, which take no launch grid.
 kernels: Any = triton_kernels
+gathered_rows_kernel: Any = row_kernel.gathered_rows_kernel
 # Elements of a program's tile, and its warps: 16 elements a thread, which the backward pass keeps in registers.
 TILE = 2048
 WARPS = 4
+ROW_TILE = 16384  # elements of a token that one program of `gathered_rows_kernel` keeps in registers
 
 
 class Settings(NamedTuple):
@@ -63,6 +69,7 @@ def _arguments(x: Tensor, settings: Settings) -> tuple[tuple[int], dict[str, int
         "SYMMETRIC": settings.half_step and settings.zero_point_bits == 0 and not settings.activation,
         "ZERO_LEVELS": 2**settings.zero_point_bits,
         "E4M3": settings.e4m3,
+        "UP": settings.activation and settings.bits >= SCALE_UP_BITS,
         "ACTIVATION": settings.activation,
         "PADDED": settings.padding > 0,
         "GROUP": settings.group_size,
@@ -134,23 +141,26 @@ def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, g
     features = x.shape[1] if index is None else index.shape[0]
     out = x.new_empty(x.shape[0], features)
     if out.numel():
-        columns = triton.next_power_of_2(group_size)
-        kernels.gathered_rows_kernel[(x.shape[0],)](
+        groups, columns = features // group_size, triton.next_power_of_2(group_size)
+        block = min(triton.next_power_of_2(groups), max(1, ROW_TILE // columns))
+        gathered_rows_kernel[(x.shape[0],)](
             x,
             x if index is None else index,
             out,
             x.shape[1],
-            features // group_size,
+            groups,
             BITS=bits,
             SPAN=2.0**bits if half_step else 2.0**bits - 1.0,
             HALF=half_step,
+            UP=bits >= SCALE_UP_BITS,
             SHORT=not triton.knobs.runtime.interpret,
             INDEXED=index is not None,
             GROUP=group_size,
             COLUMNS=columns,
-            BLOCK=max(1, 2 * TILE // columns),
+            BLOCK=block,
+            ONCE=block >= groups,
             enable_fp_fusion=False,
-            num_warps=2 * WARPS,
+            num_warps=max(WARPS, min(16, block * columns // 512)),
         )
     return out
 

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from bbb_ao.kernels.fake_quantize.scales import SCALE_SMALLEST, round_scale, scale_exponent
 
+# Narrowest activations whose scales are rounded up.
+SCALE_UP_BITS = 4
+
 
 class _Floor(torch.autograd.Function):
     """floor whose gradient is the identity."""
@@ -211,7 +214,9 @@ def quantize_activation(x: Tensor, bits: int, half_step: bool) -> tuple[Tensor, 
 
     half-step: s = (hi - lo) / 2**bits, codes = clamp(floor(x / s + zeta), 0, 2**bits - 1), zeta = -lo / s;
     integer: s = (hi - lo) / (2**bits - 1), codes = clamp(floor(x / s + 1/2) + zeta, ...), zeta = floor(-lo / s + 1/2),
-    with lo <= 0 <= hi. s is E4M3 times a power of two for each token: plain E4M3 overflows (design.md, 2.8).
+    with lo <= 0 <= hi. s is E4M3 times a power of two for each token: plain E4M3 overflows (design.md, 2.8). From
+    SCALE_UP_BITS bits on E4M3 rounds up, since a scale rounded down clips the largest values, which costs more than its
+    finer steps give; below it rounds to nearest (benchmarks/LOG.md).
 
     Args:
         x: [..., groups, group_size], floating point.
@@ -223,7 +228,7 @@ def quantize_activation(x: Tensor, bits: int, half_step: bool) -> tuple[Tensor, 
     low, high = group_range(x)
     steps = 2**bits if half_step else 2**bits - 1
     scale = high / steps - low / steps
-    scale = round_scale(scale, scale_exponent(scale.amax(-1, keepdim=True)))
+    scale = round_scale(scale, scale_exponent(scale.amax(-1, keepdim=True)), bits >= SCALE_UP_BITS)
     if half_step:
         middle = divide_by_scale((low / 2 + high / 2).unsqueeze(-1), scale).squeeze(-1)
         zero_point = steps / 2 - middle

@@ -34,14 +34,15 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.ldexp(torch.ones_like(exponent, dtype=dtype), exponent)
 
 
-def encode_scale(scale: Tensor, exponent: Tensor) -> Tensor:
-    """Round scales to E4M3, to nearest. A positive scale never becomes 0, and none exceeds 448 * 2**exponent.
+def encode_scale(scale: Tensor, exponent: Tensor, up: bool = False) -> Tensor:
+    """Round scales to E4M3, to nearest or up. A positive scale never becomes 0, and none exceeds 448 * 2**exponent.
 
     NaN and infinity become E4M3's NaN, so that they reach whoever checks for them.
 
     Args:
         scale: floating point, >= 0.
         exponent: int32, broadcastable to `scale`, from `scale_exponent`.
+        up: take the next larger number where the nearest one is smaller.
     Returns:
         E4M3 bit patterns, uint8, the shape of `scale`.
     """
@@ -49,7 +50,10 @@ def encode_scale(scale: Tensor, exponent: Tensor) -> Tensor:
     ratio = (scale / power_of_two(exponent, scale.dtype)).clamp(E4M3_SMALLEST, E4M3_MAX)
     # |scale| * 0 is NaN for NaN and infinity, and never -0, whose pattern would be a negative scale.
     ratio = torch.where((scale > 0) & torch.isfinite(scale), ratio, scale.abs() * 0)
-    return ratio.to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8)
+    nearest = ratio.to(torch.float32).to(torch.float8_e4m3fn)
+    code = nearest.view(torch.uint8)
+    # Patterns of positive numbers are in the order of the numbers; 448 is the largest ratio, so none becomes NaN.
+    return code + (nearest.to(ratio.dtype) < ratio) if up else code
 
 
 def decode_scale(code: Tensor, exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,14 +72,14 @@ class _RoundScale(torch.autograd.Function):
     """Rounding to E4M3 whose gradient is the identity."""
 
     @staticmethod
-    def forward(ctx, scale: Tensor, exponent: Tensor) -> Tensor:
-        return decode_scale(encode_scale(scale, exponent), exponent, scale.dtype)
+    def forward(ctx, scale: Tensor, exponent: Tensor, up: bool) -> Tensor:
+        return decode_scale(encode_scale(scale, exponent, up), exponent, scale.dtype)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
-def round_scale(scale: Tensor, exponent: Tensor) -> Tensor:
-    """decode_scale(encode_scale(scale, exponent), exponent) with a straight-through gradient for `scale`."""
-    return _RoundScale.apply(scale, exponent)  # type: ignore[return-value]
+def round_scale(scale: Tensor, exponent: Tensor, up: bool = False) -> Tensor:
+    """decode_scale(encode_scale(scale, exponent, up), exponent) with a straight-through gradient for `scale`."""
+    return _RoundScale.apply(scale, exponent, up)  # type: ignore[return-value]

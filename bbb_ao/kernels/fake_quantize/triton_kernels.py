@@ -1,12 +1,10 @@
 """Triton kernels of fake quantization: the largest scale, the forward pass and the straight-through backward pass.
 
-`gathered_rows_kernel` is the forward pass of activations for deployment: with the gather, and in one launch.
-
 Weights and activations are the same arithmetic in different units. The zero offset and the scale are measured in steps
 of UNIT bits (2 for weights, the width itself for activations), codes are taken at PARENT bits and sliced to BITS. A
 whole weight is one row, and so is a token:
 
-    scale = (high - low) / SPAN, rounded to E4M3 times a power of two of the row
+    scale = (high - low) / SPAN, rounded to E4M3 times a power of two of the row, with UP never down
     half-step:  zero = 2**(UNIT-1) - (low + high) / (2 scale), weights: to a multiple of 2**UNIT / ZERO_LEVELS
     integer:    zero = floor(-low / scale + 1/2)
     step = scale * 2**(UNIT-BITS), offset = zero * 2**(BITS-UNIT)
@@ -42,13 +40,22 @@ def _scale_exponent(bits):
 
 
 @triton.jit
-def _round_e4m3(scale, exponent):
-    """`scales.round_scale`: to the nearest e4m3 * 2**exponent, positive numbers never to 0; NaN where not finite."""
+def _round_e4m3(scale, exponent, UP: tl.constexpr):
+    """`scales.round_scale`: to the nearest e4m3 * 2**exponent, or with UP to the next one that is not smaller.
+
+    Positive numbers never become 0, and NaN and infinity become NaN.
+    """
     ratio = tl.minimum(tl.maximum(scale * _power_of_two(-exponent), 2.0**-9), 448.0)
     bits = ratio.to(tl.int32, bitcast=True)
     # Three bits of mantissa are kept, to nearest even; below 2**-6 the step is 2**-9, that of float32 at 24576.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-    rounded = tl.where(ratio < 2.0**-6, (ratio + 24576.0) - 24576.0, normal)
+    subnormal = (ratio + 24576.0) - 24576.0
+    if UP:
+        bits = bits + 0xFFFFF
+        subnormal = tl.where(subnormal < ratio, subnormal + 2.0**-9, subnormal)
+    else:
+        bits = bits + 0x7FFFF + ((bits >> 20) & 1)
+    normal = (bits & -0x100000).to(tl.float32, bitcast=True)
+    rounded = tl.where(ratio < 2.0**-6, subnormal, normal)
     finite = (scale > 0) & (scale < float("inf"))
     return tl.where(finite, rounded * _power_of_two(exponent), scale * 0.0)
 
@@ -216,6 +223,7 @@ def forward_kernel(
     SYMMETRIC: tl.constexpr,
     ZERO_LEVELS: tl.constexpr,
     E4M3: tl.constexpr,
+    UP: tl.constexpr,
     SHORT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PADDED: tl.constexpr,
@@ -233,61 +241,13 @@ def forward_kernel(
     else:
         low, high, scale, _ = _span_scale(x, SPAN, HALF, SYMMETRIC, ACTIVATION)
         if E4M3:
-            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)))
+            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)), UP)
         zero, _ = _closed_form_zero(low, high, scale, UNIT, HALF, SYMMETRIC, ZERO_LEVELS, ACTIVATION)
     level, _, _, step = _quantize(x, scale, zero, BITS, PARENT, UNIT, HALF, SHORT)
     out = level * step
     if PADDED:
         out = tl.where(first * GROUP + offsets < kept, out, 0.0)
     tl.store(out_ptr + base + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
-    """(row[index[column]] as float32, 0 where masked or padding; what is neither)."""
-    if INDEXED:
-        column = tl.load(index_ptr + column, mask=mask, other=in_features)
-        mask = column < in_features
-    return tl.load(row_ptr + column, mask=mask, other=0.0).to(tl.float32), mask
-
-
-@triton.jit
-def gathered_rows_kernel(
-    x_ptr,
-    index_ptr,
-    out_ptr,
-    in_features,
-    groups,
-    BITS: tl.constexpr,
-    SPAN: tl.constexpr,
-    HALF: tl.constexpr,
-    SHORT: tl.constexpr,
-    INDEXED: tl.constexpr,
-    GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One token's activations, gathered by the index: out = step * level, 0 where the index says padding."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = x_ptr + row * in_features
-    group, element = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
-    largest = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, groups, BLOCK):
-        mask = (first + group < groups) & (element < GROUP)
-        x, _ = _gather(row_ptr, index_ptr, (first + group) * GROUP + element, mask, in_features, INDEXED)
-        _, _, scale, _ = _span_scale(x, SPAN, HALF, False, True)
-        largest = tl.maximum(largest, scale)
-    exponent = _scale_exponent(tl.max(largest, 0).to(tl.int32, bitcast=True))
-    for first in range(0, groups, BLOCK):
-        column = (first + group) * GROUP + element
-        mask = (first + group < groups) & (element < GROUP)
-        x, present = _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED)
-        low, high, scale, _ = _span_scale(x, SPAN, HALF, False, True)
-        scale = _round_e4m3(scale, exponent)
-        zero, _ = _closed_form_zero(low, high, scale, BITS, HALF, False, 1, True)
-        level, _, _, step = _quantize(x, scale, zero, BITS, BITS, BITS, HALF, SHORT)
-        out = tl.where(present, level * step, 0.0)
-        tl.store(out_ptr + row * groups * GROUP + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -312,6 +272,7 @@ def backward_kernel(
     SYMMETRIC: tl.constexpr,
     ZERO_LEVELS: tl.constexpr,
     E4M3: tl.constexpr,
+    UP: tl.constexpr,
     SHORT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PADDED: tl.constexpr,
@@ -333,7 +294,7 @@ def backward_kernel(
         free = present
     else:
         if E4M3:
-            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)))
+            scale = _round_e4m3(scale, _scale_exponent(tl.load(largest_ptr + row)), UP)
         zero, free = _closed_form_zero(low, high, scale, UNIT, HALF, SYMMETRIC, ZERO_LEVELS, ACTIVATION)
     level, inside, position, _ = _quantize(x, scale, zero, BITS, PARENT, UNIT, HALF, SHORT)
     if ACTIVATION:

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: words of codes from words of the planes, and a block's scales and zero offsets."""
+"""What the Gluon kernels share: loads of planes, scales and activations, words of codes, and how a tile is written."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -6,15 +6,43 @@ from triton.experimental.gluon import language as gl
 from bbb_ao.kernels.packed_linear import ptx
 
 
+@gluon.constexpr_function
+def quad_layout(warps):
+    """[warps, 16, 4]: rows r and r + 8 of column q in lane 4 * r + q, as the accumulator has columns 2q and 2q + 1."""
+    warp_bases = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    lanes = [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout([[0, 8, 0]], lanes, warp_bases, [], [warps, 16, 4])
+
+
+@gluon.jit
+def load_planes(high_ptr, mid_ptr, low_ptr, row, block, offset, NB: gl.constexpr, R: gl.constexpr, word: gl.constexpr):
+    """Words (of the type `word`) of each plane that R needs, for a tile of 16 rows; block and offset (words in it)."""
+    mask = block + row * 0 < NB
+    place = (row * NB + block).to(gl.int64)
+    words = gl.pointer_type(word)
+    size: gl.constexpr = 256 // word.primitive_bitwidth
+    high = gl.load(high_ptr.to(words) + place * size + offset, mask=mask, other=0)
+    mid = high
+    even = high
+    odd = high
+    if R > 2:
+        mid = gl.load(mid_ptr.to(words) + place * size + offset, mask=mask, other=0)
+    if R > 4:
+        even = gl.load(low_ptr.to(words) + place * (2 * size) + offset, mask=mask, other=0)
+        odd = gl.load(low_ptr.to(words) + place * (2 * size) + size + offset, mask=mask, other=0)
+    return high, mid, even, odd
+
+
 @gluon.jit
 def _merge(a, b, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     merge: gl.constexpr = ptx.merge(MASK, LEFT, RIGHT)
-    return gl.inline_asm_elementwise(merge, "=r,r,r", [a, b], dtype=gl.int16, is_pure=True, pack=2)
+    pack: gl.constexpr = 32 // a.dtype.primitive_bitwidth
+    return gl.inline_asm_elementwise(merge, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=pack)
 
 
 @gluon.jit
 def assemble(high, mid, low_even, low_odd, R: gl.constexpr):
-    """16-bit words of R-bit codes from words of the planes that hold them, as `packing.words` does it: R / 2 sets."""
+    """Words of R-bit codes from words of the planes that hold them, as `packing.words` does it: R / 2 sets."""
     if R == 2:
         words = (high,)
     else:
@@ -47,3 +75,45 @@ def load_scales(scale_ptr, zero_ptr, row, block, last, NB, ZB: gl.constexpr):
     else:
         zero = scale
     return scale, zero
+
+
+@gluon.jit
+def gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.constexpr):
+    """x[row, index[column]], 0 where masked or padding."""
+    if INDEXED:
+        column = gl.load(index_ptr + column, mask=mask, other=in_features)
+        mask = column < in_features
+    return gl.load(x_ptr + row * in_features + column, mask=mask, other=0.0)
+
+
+@gluon.jit
+def store_tile(
+    total,
+    y_ptr,
+    exponent_ptr,
+    bias_ptr,
+    first,
+    N,
+    R: gl.constexpr,
+    M: gl.constexpr,
+    EXPONENTS: gl.constexpr,
+    BIASED: gl.constexpr,
+    UNIT: gl.constexpr,
+):
+    """Sum one tile over columns and warps in a fixed order, scale, add the bias and write."""
+    if M == 1:
+        y = (gl.sum(gl.sum(total, 2), 0) * UNIT,)
+    else:
+        pairs = gl.sum(gl.sum(total.reshape([total.shape[0], 16, 4, 2]), 2), 0) * UNIT
+        y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
+    for m in gl.static_range(M):
+        rows = first + gl.arange(0, 16, layout=y[m].type.layout)
+        if EXPONENTS:
+            exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
+        else:
+            exponent = gl.load(exponent_ptr) + rows * 0
+        # 2**n as the bits of a float32.
+        value = y[m] * ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
+        if BIASED:
+            value += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+        gl.store(y_ptr + m * N + rows, value.to(y_ptr.dtype.element_ty), mask=rows < N)

@@ -2,13 +2,17 @@
 
 The rule, with M rows of x:
 
-- `decode` for M of 1 or 2 (below compute capability 9.0 up to 8, two rows at a time);
+- `decode` for M of 1 or 2 (on compute capability 8.9 up to 8, two rows at a time);
 - `warpgroup` on compute capability 9.0 for M up to WARPGROUP_ROWS;
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
 The first two take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
-bits and slices that need no rounding (the half-step grid, or every stored bit); other layers always take the third way.
+bits, planes at an address that 16 divides, and slices that need no rounding (the half-step grid, or every stored bit);
+other layers always take the third way.
 """
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Triton types a launch as a call of the Python function.
 
 from functools import cache
 
@@ -27,6 +31,7 @@ from bbb_ao.kernels.packed_linear.warpgroup import add_splits_kernel, matmul_ker
 from bbb_ao.kernels.packed_row import expand_input
 from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
 
+ALIGNMENT = 16  # bytes, of what is copied in whole tiles
 GROUP_ROWS = 128  # of the weight in one program of `matmul_kernel`
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 DECODE_ROWS = 2
@@ -57,15 +62,15 @@ def packed_linear_cuda(
     group_size: int,
 ) -> Tensor:
     """See `packed_linear`."""
-    features = scale.shape[-1] * group_size
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
-    check_input(x, index, features)
+    check_input(x, index, scale.shape[-1] * group_size)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
     planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
     settings = (bits, zero_point_bits, half_step, group_size)
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
-    fits = fits_kernels(x.dtype, planes, features, settings, capability)
+    fits = fits_kernels(x.dtype, planes, scales, settings, capability)
     kernel = kernel_for(rows.shape[0] if high.shape[0] else 0, fits, capability)
     if kernel == "decode":
         parts = [decode_linear(pair, planes, scales, index, bias, settings) for pair in rows.split(DECODE_ROWS)]
@@ -91,12 +96,14 @@ def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
 def fits_kernels(
     dtype: torch.dtype,
     planes: tuple[Tensor, Tensor | None, Tensor | None],
-    features: int,
+    scales: tuple[Tensor, Tensor, Tensor | None],
     settings: tuple[int, int, bool, int],
     capability: tuple[int, int],
 ) -> bool:
     """Whether `decode` and `warpgroup` take this layer; the rule stands above."""
     bits, zero_point_bits, half_step, group_size = settings
+    scale, _, zero_point = scales
+    features = scale.shape[1] * group_size
     return (
         dtype in (torch.bfloat16, torch.float16)
         and group_size == GRANULE
@@ -104,8 +111,11 @@ def fits_kernels(
         and features % BLOCK == 0
         and zero_point_bits in (0, 2, 4, 8)
         and (half_step or bits >= stored_bits(*planes[1:]))
-        and all(plane is None or plane.is_contiguous() for plane in planes)
-        and capability >= (8, 0)
+        and all(plane is None or (plane.is_contiguous() and plane.data_ptr() % ALIGNMENT == 0) for plane in planes)
+        # Those of a block are read as one word.
+        and scale.data_ptr() % 4 == 0
+        and (zero_point is None or zero_point.data_ptr() % max(1, zero_point_bits // 2) == 0)
+        and capability >= (8, 9)
     )
 
 
@@ -127,7 +137,7 @@ def dequantized_linear(
     return F.linear(expand_input(x, index), weight, bias)
 
 
-def _codes(
+def kernel_codes(
     planes: tuple[Tensor, Tensor | None, Tensor | None], settings: tuple[int, int, bool, int]
 ) -> dict[str, float]:
     """Container of the codes, the bits of it that count, and half a step in its units."""
@@ -137,7 +147,7 @@ def _codes(
     return {"R": container, "MASK": mask, "H": 2.0 ** (container - bits) / 2 if half_step else 0.0, "ZB": settings[1]}
 
 
-def _pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales: tuple[Tensor, Tensor, Tensor | None]):
+def kernel_pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales: tuple[Tensor, Tensor, Tensor | None]):
     """Kernel arguments, with some pointer in the place of what is absent and not read."""
     high, mid, low = planes
     scale, exponent, zero_point = scales
@@ -162,8 +172,14 @@ def decode_linear(
     """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features]."""
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count)
-    codes = _codes(planes, settings)
-    arguments = (rows, *_pointers(planes, scales), rows if index is None else index, rows if bias is None else bias, y)
+    codes = kernel_codes(planes, settings)
+    arguments = (
+        rows,
+        *kernel_pointers(planes, scales),
+        rows if index is None else index,
+        rows if bias is None else bias,
+        y,
+    )
 
     def run(choice: Settings) -> None:
         tiles, warps, registers = choice
@@ -225,8 +241,8 @@ def warpgroup_linear(
     rows, features = columns.shape
     count = planes[0].shape[0]
     y = columns.new_empty(rows, count)
-    codes = _codes(planes, settings)
-    pointers = _pointers(planes, scales)
+    codes = kernel_codes(planes, settings)
+    pointers = kernel_pointers(planes, scales)
 
     words = [plane.view(torch.int16) for plane in pointers[:3]]
     word_layout = gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)

@@ -1,4 +1,4 @@
-"""One or two rows through a packed weight on an NVIDIA GPU (compute capability 8.0 or higher), written in Gluon.
+"""One or two rows through a packed weight on an NVIDIA GPU, in Gluon. It needs compute capability 8.9 (E4M3).
 
 The product runs on tensor cores with the weight as the first operand, in mma.m16n8k16 on 16 rows of it. What makes it
 cheap, about 1.7 instructions for a 2-bit weight (counted in the machine code; a shift, a mask and a conversion for each
@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, load_scales
+from bbb_ao.kernels.packed_linear.blocks import assemble, gather, load_planes, load_scales, quad_layout, store_tile
 
 
 @gluon.constexpr_function
@@ -35,37 +35,11 @@ def _factor(quarter, R, dtype):
     return 2.0 ** (64 - ptx.place(quarter, R)) if dtype == gl.bfloat16 else 1.0
 
 
-@gluon.constexpr_function
-def _quad_layout(warps):
-    """[warps, 16, 4]: rows r and r + 8 of column q in lane 4 * r + q, as the accumulator has columns 2q and 2q + 1."""
-    warp_bases = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
-    lanes = [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    return gl.DistributedLinearLayout([[0, 8, 0]], lanes, warp_bases, [], [warps, 16, 4])
-
-
 @gluon.jit
 def _codes(words, x_ptr, HB: gl.constexpr, PLACE: gl.constexpr, MASK: gl.constexpr):
     """The codes of one quarter in the low or high bytes of 16-bit words, read as x's type of float."""
     dtype = x_ptr.dtype.element_ty
     return gl.inline_asm_elementwise(ptx.masked(HB, PLACE, MASK), "=r,r", [words], dtype=dtype, is_pure=True, pack=2)
-
-
-@gluon.jit
-def _load_planes(high_ptr, mid_ptr, low_ptr, row, block, offset, NB: gl.constexpr, R: gl.constexpr):
-    """16-bit words of every plane that R needs, for one tile of 16 rows; block and offset (16-bit words in it)."""
-    mask = block + row * 0 < NB
-    place = (row * NB + block).to(gl.int64)
-    words = gl.pointer_type(gl.int16)
-    high = gl.load(high_ptr.to(words) + place * 16 + offset, mask=mask, other=0)
-    mid = high
-    even = high
-    odd = high
-    if R > 2:
-        mid = gl.load(mid_ptr.to(words) + place * 16 + offset, mask=mask, other=0)
-    if R > 4:
-        even = gl.load(low_ptr.to(words) + place * 32 + offset, mask=mask, other=0)
-        odd = gl.load(low_ptr.to(words) + place * 32 + 16 + offset, mask=mask, other=0)
-    return high, mid, even, odd
 
 
 @gluon.jit
@@ -101,15 +75,6 @@ def _group_factors(
 
 
 @gluon.jit
-def _gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.constexpr):
-    """x[row, index[column]], 0 where masked or padding."""
-    if INDEXED:
-        column = gl.load(index_ptr + column, mask=mask, other=in_features)
-        mask = column < in_features
-    return gl.load(x_ptr + row * in_features + column, mask=mask, other=0.0)
-
-
-@gluon.jit
 def _block_diagonal(
     x_ptr,
     index_ptr,
@@ -138,7 +103,7 @@ def _block_diagonal(
                 quarter = flush
                 row = odd
             column = block * 128 + 32 * quarter + 16 * hb + word
-            x = _gather(x_ptr, index_ptr, row, column, diagonal & (block < NB), in_features, INDEXED)
+            x = gather(x_ptr, index_ptr, row, column, diagonal & (block < NB), in_features, INDEXED)
             for par in gl.static_range(3 - M):
                 factor = gl.full(x.shape, _factor(flush * (3 - M) + par, R, dtype), dtype, layout=x.type.layout)
                 if M == 1:
@@ -178,43 +143,10 @@ def _group_sums(
         else:
             quarter = flush
             row = column % 2
-        x = _gather(x_ptr, index_ptr, row, block * 128 + 32 * quarter + i, block + i * 0 < NB, in_features, INDEXED)
+        x = gather(x_ptr, index_ptr, row, block * 128 + 32 * quarter + i, block + i * 0 < NB, in_features, INDEXED)
         total = gl.sum(x.to(gl.float32), 2) * UNITS
         sums = sums + (gl.convert_layout(total, gl.SliceLayout(1, acc_layout)).expand_dims(1),)
     return sums
-
-
-@gluon.jit
-def _store(
-    total,
-    y_ptr,
-    exponent_ptr,
-    bias_ptr,
-    first,
-    N,
-    R: gl.constexpr,
-    M: gl.constexpr,
-    EXPONENTS: gl.constexpr,
-    BIASED: gl.constexpr,
-    UNIT: gl.constexpr,
-):
-    """Sum one tile over columns and warps in a fixed order, scale, add the bias and write."""
-    if M == 1:
-        y = (gl.sum(gl.sum(total, 2), 0) * UNIT,)
-    else:
-        pairs = gl.sum(gl.sum(total.reshape([total.shape[0], 16, 4, 2]), 2), 0) * UNIT
-        y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
-    for m in gl.static_range(M):
-        rows = first + gl.arange(0, 16, layout=y[m].type.layout)
-        if EXPONENTS:
-            exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
-        else:
-            exponent = gl.load(exponent_ptr) + rows * 0
-        # 2**n as the bits of a float32.
-        value = y[m] * ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
-        if BIASED:
-            value += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
-        gl.store(y_ptr + m * N + rows, value.to(y_ptr.dtype.element_ty), mask=rows < N)
 
 
 @gluon.jit
@@ -247,7 +179,7 @@ def decode_kernel(
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 16)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 16)
-    q_layout: gl.constexpr = _quad_layout(WARPS)
+    q_layout: gl.constexpr = quad_layout(WARPS)
     BF16: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
     # A subnormal bfloat16 counts 2**-133, a subnormal float16 2**-24.
     UNITS: gl.constexpr = 2.0**-69 if BF16 else 2.0**-24
@@ -275,7 +207,9 @@ def decode_kernel(
     totals = ()
     for _ in gl.static_range(TILES):
         totals = totals + (zeros,)
-    planes = _load_planes(high_ptr, mid_ptr, low_ptr, gl.minimum(first + an, N - 1), aw * 4 + a_block, a_word, NB, R)
+    planes = load_planes(
+        high_ptr, mid_ptr, low_ptr, gl.minimum(first + an, N - 1), aw * 4 + a_block, a_word, NB, R, gl.int16
+    )
     packed = load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), qw * 4 + qc, NB, NB, ZB)
     for it in gl.static_range(ITERATIONS):
         base = it * WARPS * 4
@@ -305,7 +239,7 @@ def decode_kernel(
                 next_first = first
                 next_base = base + 4 * WARPS
             if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
-                planes = _load_planes(
+                planes = load_planes(
                     high_ptr,
                     mid_ptr,
                     low_ptr,
@@ -314,6 +248,7 @@ def decode_kernel(
                     a_word,
                     NB,
                     R,
+                    gl.int16,
                 )
                 packed = load_scales(
                     scale_ptr, zero_ptr, gl.minimum(next_first + qn, N - 1), next_base + qw * 4 + qc, NB, NB, ZB
@@ -343,4 +278,6 @@ def decode_kernel(
             added = added + (total,)
         totals = added
     for tile in gl.static_range(TILES):
-        _store(totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, M, EXPONENTS, BIASED, 1.0 / UNITS)
+        store_tile(
+            totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, M, EXPONENTS, BIASED, 1.0 / UNITS
+        )

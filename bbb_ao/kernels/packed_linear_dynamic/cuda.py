@@ -1,15 +1,48 @@
 """The packed linear layer with quantized activations on an NVIDIA GPU.
 
-Activations of at most 32 bits are gathered and fake-quantized by one kernel; then `packed_linear_cuda` runs.
+The rule, for activations of at most 32 bits:
+
+- with INTEGER_DECODE one row of a layer that fits the kernels of `packed_linear.cuda` takes `decode`, which quantizes
+  it and multiplies integers;
+- else one kernel gathers the rows and fake-quantizes them, and `packed_linear_cuda` multiplies.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Triton types a launch as a call of the Python function.
+
 import torch
+import triton
 from torch import Tensor
 
 from bbb_ao.kernels.fake_quantize.launch import gathered_rows
-from bbb_ao.kernels.packed_linear.cuda import packed_linear_cuda
-from bbb_ao.kernels.packed_linear.reference import check_input
+from bbb_ao.kernels.packed_linear.cuda import (
+    ALIGNMENT,
+    fits_kernels,
+    kernel_codes,
+    kernel_pointers,
+    packed_linear_cuda,
+)
+from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
+from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
+from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel
 from bbb_ao.kernels.packed_linear_dynamic.reference import packed_linear_dynamic_reference
+from bbb_ao.kernels.packing.planes import BLOCK
+
+# (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
+DECODE_SETTINGS: list[Settings] = [
+    (1, 8, 0),
+    (2, 8, 0),
+    (2, 8, 80),
+    (1, 4, 0),
+    (1, 4, 64),
+    (2, 4, 0),
+    (4, 4, 0),
+    (1, 16, 0),
+    (1, 16, 64),
+]
+# Off until tests/gpu/test_dynamic_decode.py has passed on a GPU: so far the kernel was only compiled.
+INTEGER_DECODE = False
+UNROLLED = 8  # tiles times turns over the columns in one program, at most: more take long to compile
 
 
 def packed_linear_dynamic_cuda(
@@ -30,12 +63,64 @@ def packed_linear_dynamic_cuda(
     act_half_step: bool,
 ) -> Tensor:
     """See `packed_linear_dynamic`."""
+    check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, scale.shape[-1] * group_size)
     weight = (high, mid, low, scale, scale_exponent, zero_point)
     settings = (bits, zero_point_bits, half_step, group_size)
+    act_settings = (act_bits, act_half_step)
     if x.dtype == torch.float64:
-        return packed_linear_dynamic_reference(x, *weight, index, bias, *settings, act_bits, act_half_step)
+        return packed_linear_dynamic_reference(x, *weight, index, bias, *settings, *act_settings)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
+    shape = (*x.shape[:-1], high.shape[0])
+    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
+    capability = torch.cuda.get_device_capability(x.device)
+    fits = fits_kernels(x.dtype, planes, scales, settings, capability)
+    if INTEGER_DECODE and fits and rows.shape[0] == 1 and high.shape[0]:
+        return dynamic_decode(rows, planes, scales, index, bias, settings, act_settings).view(shape)
     with torch.cuda.device_of(x):
         quantized = gathered_rows(rows, index, act_bits, act_half_step, group_size)
-    return packed_linear_cuda(quantized, *weight, None, bias, *settings).view(*x.shape[:-1], high.shape[0])
+    return packed_linear_cuda(quantized, *weight, None, bias, *settings).view(shape)
+
+
+def dynamic_decode(
+    row: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    index: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+    act_settings: tuple[int, bool],
+) -> Tensor:
+    """One row, [1, in_features] contiguous, through `dynamic_decode_kernel`: [1, out_features]."""
+    features, count = planes[0].shape[1] * 4, planes[0].shape[0]
+    y = row.new_empty(1, count)
+    codes = kernel_codes(planes, settings)
+    arguments = (row, *kernel_pointers(planes, scales), row if index is None else index, row if bias is None else bias)
+
+    def run(choice: Settings) -> None:
+        tiles, warps, registers = choice
+        dynamic_decode_kernel[(triton.cdiv(count, 16 * tiles),)](
+            *arguments,
+            y,
+            row.shape[1],
+            count,
+            NB=features // BLOCK,
+            **codes,
+            ACT_BITS=act_settings[0],
+            ACT_HALF=act_settings[1],
+            EXPONENTS=scales[1].dim() == 1,
+            INDEXED=index is not None,
+            BIASED=bias is not None,
+            TILES=tiles,
+            WARPS=warps,
+            num_warps=warps,
+            **({"maxnreg": registers} if registers else {}),
+        )
+
+    turns = {warps: triton.cdiv(features, 4 * BLOCK * warps) for _, warps, _ in DECODE_SETTINGS}
+    candidates = [each for each in DECODE_SETTINGS if each[0] * turns[each[1]] <= UNROLLED] or [(1, 16, 0)]
+    key = f"dynamic decode {count}x{features} {codes['R']} bits"
+    with torch.cuda.device(row.device):
+        run(settings_for(key, candidates, run, row.get_device()))
+    return y

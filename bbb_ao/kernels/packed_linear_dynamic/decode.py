@@ -1,0 +1,240 @@
+"""One row of dynamically quantized activations through a packed weight, in integers (compute capability 8.0 or higher).
+
+With c the weight's codes, b the activation's, and sums over the columns k of group g that are no padding:
+
+    y[n] = 2**(exponent + 2 - R) * sum_g e4m3[n, g] * t[n, g],   X[g] = sum_k (b[k] - v[g])
+    t[n, g] = a[g] * (sum_k c[n, k] * b[k] - v[g] * sum_k c[n, k] - u[n, g] * X[g])
+
+u = zeta * 2**(R-2) - H is the weight's offset and v = zero - h the activation's (`quantize_activation`), a its scale.
+R is the width of the container, as in `packed_linear.decode`, which this follows:
+
+- Every program quantizes the whole row (`quantize_row`); its first planes are under way meanwhile.
+- Codes of the weight are masked in place, four to a word: c * 2**place as signed bytes. A field at the top of its byte
+  has the highest bit turned over, which makes it (c - 2**(R-1)) * 2**place, and u smaller by 2**(R-1).
+- The second operand is block diagonal: column 2 q has the codes of the quad's block q, column 2 q + 1 has ones, for
+  the sum of c. Both sums of a row and group come out in the lane that has the group's scale.
+- Accumulators start at the bits of 1.5 * 2**23, so that a sum is a float32 less that number: |sums| are at most 2**19.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from bbb_ao.kernels.packed_linear import ptx
+from bbb_ao.kernels.packed_linear.blocks import assemble, load_planes, load_scales, quad_layout, store_tile
+from bbb_ao.kernels.packed_linear_dynamic.quantize_row import MAGIC_BITS, quantized_row
+
+MAGIC = gl.constexpr(12582912.0)  # the float32 of MAGIC_BITS
+DIAGONAL = gl.constexpr("{ .reg .b32 t; and.b32 t, $1, $3; and.b32 $0, $2, $4; or.b32 $0, $0, t; }")
+
+
+@gluon.constexpr_function
+def _masked(bit, mask, R):
+    """$0 = four codes at `bit` of the bytes of $1, left where they are; signed ones at a byte's top."""
+    mask = (mask << bit) * 0x01010101
+    if bit + R < 8:
+        return f"and.b32 $0, $1, {mask};"
+    return f"{{ .reg .b32 t; mov.b32 t, 0x80808080; lop3.b32 $0, $1, {mask}, t, 0x6A; }}"  # ($1 & mask) ^ t
+
+
+@gluon.constexpr_function
+def _field(mask):
+    """$0 = 2**23 + ($1 & mask) as a float32."""
+    return f"{{ .reg .b32 t; mov.b32 t, 0x4B000000; lop3.b32 $0, $1, {mask}, t, 0xEA; }}"  # ($1 & mask) | t
+
+
+@gluon.constexpr_function
+def _factor_layout(warps):
+    """[warps, 4 blocks, 4 quarters]: lanes of column q of a quad have block q's four quarters."""
+    warp_bases = [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2]], lanes, warp_bases, [], [warps, 4, 4])
+
+
+@gluon.constexpr_function
+def _byte_layout(warps):
+    """[4 quarters, warps, 128]: lanes of column q of a quad have bytes 32 q and on, as in an operand."""
+    warp_bases = [[0, 1 << i, 0] for i in range(warps.bit_length() - 1)]
+    lanes = [[0, 0, 32], [0, 0, 64], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    registers = [*([0, 0, 1 << i] for i in range(5)), [1, 0, 0], [2, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warp_bases, [], [4, warps, 128])
+
+
+@gluon.constexpr_function
+def _down(quarter, R):
+    """What a code of a quarter is smaller by in its signed byte."""
+    return 2.0 ** (R - 1) if ptx.place(quarter, R) + R == 8 else 0.0
+
+
+@gluon.jit
+def _quarters(value, DIM: gl.constexpr, layout: gl.constexpr):
+    """[m, n, 4] as four tensors of `layout`: [m, 1, n] with DIM = 1, [m, n, 1] with DIM = 2."""
+    even, odd = value.reshape([value.shape[0], value.shape[1], 2, 2]).split()
+    result = ()
+    for quarter in gl.static_range(4):
+        part = (even if quarter % 2 == 0 else odd).split()[quarter // 2]
+        part = gl.convert_layout(part, gl.SliceLayout(DIM, layout), assert_trivial=True)
+        result = result + (part.expand_dims(DIM),)
+    return result
+
+
+@gluon.jit
+def _block_diagonal(codes, ones, codes_mask, ones_mask):
+    """The second operand: codes and ones of every block, where their masks are set."""
+    parts = [codes, ones, codes_mask, ones_mask]
+    return gl.inline_asm_elementwise(DIAGONAL, "=r,r,r,r,r", parts, dtype=gl.int8, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _codes(words, QUARTER: gl.constexpr, R: gl.constexpr, MASK: gl.constexpr):
+    """The codes of one quarter as signed bytes."""
+    masked: gl.constexpr = _masked(ptx.place(QUARTER, R), MASK, R)
+    return gl.inline_asm_elementwise(masked, "=r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _scale(packed, QUARTER: gl.constexpr):
+    """e4m3 of a quarter's groups."""
+    decode: gl.constexpr = ptx.decode_pair(QUARTER // 2)
+    pair = gl.inline_asm_elementwise(decode, "=f,=f,r", [packed], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
+    return pair[QUARTER % 2]
+
+
+@gluon.jit
+def _offset(packed, QUARTER: gl.constexpr, R: gl.constexpr, H: gl.constexpr, ZB: gl.constexpr):
+    """u of a quarter's groups; a zero offset is masked in place: 2**23 + zero * 2**bit as a float32."""
+    fixed: gl.constexpr = -H - _down(QUARTER, R)
+    if ZB == 0:
+        offset = gl.full_like(packed, 2.0 ** (R - 1) + fixed, dtype=gl.float32)
+    else:
+        shift: gl.constexpr = 16 if ZB * (QUARTER + 1) > 23 else 0
+        bit: gl.constexpr = ZB * QUARTER - shift
+        unit: gl.constexpr = 2.0 ** (R - ZB - bit)
+        take: gl.constexpr = _field((2**ZB - 1) << bit)
+        field = gl.inline_asm_elementwise(take, "=r,r", [packed >> shift], dtype=gl.float32, is_pure=True, pack=1)
+        # In one step where half a code counts beside 2**23 units.
+        if unit < 1.0:
+            offset = field * unit + (fixed - 2.0**23 * unit)
+        else:
+            offset = (field - 2.0**23) * unit + fixed
+    return offset
+
+
+@gluon.jit
+def dynamic_decode_kernel(
+    x_ptr,
+    high_ptr,
+    mid_ptr,
+    low_ptr,
+    scale_ptr,
+    exponent_ptr,
+    zero_ptr,
+    index_ptr,
+    bias_ptr,
+    y_ptr,
+    in_features,
+    N,
+    NB: gl.constexpr,
+    R: gl.constexpr,
+    MASK: gl.constexpr,
+    H: gl.constexpr,
+    ZB: gl.constexpr,
+    ACT_BITS: gl.constexpr,
+    ACT_HALF: gl.constexpr,
+    EXPONENTS: gl.constexpr,
+    INDEXED: gl.constexpr,
+    BIASED: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """y[n] for one row of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 32)
+    b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 32)
+    q_layout: gl.constexpr = quad_layout(WARPS)
+    byte_layout: gl.constexpr = _byte_layout(WARPS)
+    factor_layout: gl.constexpr = _factor_layout(WARPS)
+    ITERATIONS: gl.constexpr = (NB + 4 * WARPS - 1) // (4 * WARPS)
+    aw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None]
+    an = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))[None, :, None]
+    ak = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, a_layout)))[None, None, :]
+    # Quad lane q, byte e of its 32: two runs of 16 bytes, 64 bytes apart, so that a quad reads whole sectors.
+    a_block = ak // 16 % 2 * 2 + ak // 64
+    a_byte = ak // 32 % 2 * 16 + ak % 16
+    bk = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
+    bc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
+    diagonal = bk // 16 % 2 * 2 + bk // 64 == bc // 2
+    full = gl.full([1, 128, 8], -1, gl.int8, layout=b_layout)
+    codes_mask = gl.where(diagonal & (bc % 2 == 0), full, 0)
+    ones_mask = gl.where(diagonal & (bc % 2 == 1), full, 0)
+    qw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, q_layout)))[:, None, None]
+    qn = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, q_layout)))[None, :, None]
+    qc = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, q_layout)))[None, None, :]
+    first = gl.program_id(0) * 16 * TILES
+    planes = load_planes(
+        high_ptr, mid_ptr, low_ptr, gl.minimum(first + an, N - 1), aw * 4 + a_block, a_byte, NB, R, gl.int8
+    )
+    packed = load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), qw * 4 + qc, NB, NB, ZB)
+    # The compiler moves no load over a barrier: those of the planes are under way while the row is quantized.
+    tl.debug_barrier()
+    stored, ones = quantized_row(x_ptr, index_ptr, in_features, NB, ITERATIONS, R, ACT_BITS, ACT_HALF, INDEXED, WARPS)
+    zeros = gl.zeros([WARPS, 16, 4], gl.float32, layout=q_layout)
+    start = gl.full([WARPS, 16, 8], MAGIC_BITS, gl.int32, layout=acc_layout)
+    totals = ()
+    for _ in gl.static_range(TILES):
+        totals = totals + (zeros,)
+    for it in gl.static_range(ITERATIONS):
+        bytes, placed, shifted, totals_x = stored[it]
+        codes = _quarters(bytes.load(byte_layout).permute((1, 2, 0)), 2, b_layout)
+        present = codes
+        if INDEXED:
+            present = _quarters(ones[it].load(byte_layout).permute((1, 2, 0)), 2, b_layout)
+        operands = ()
+        for quarter in gl.static_range(4):
+            one = present[quarter] if INDEXED else gl.full_like(codes[quarter], 1)
+            operands = operands + (_block_diagonal(codes[quarter], one, codes_mask, ones_mask),)
+        of_product = _quarters(placed.load(factor_layout), 1, q_layout)
+        of_count = _quarters(shifted.load(factor_layout), 1, q_layout)
+        of_offset = _quarters(totals_x.load(factor_layout), 1, q_layout)
+        added = ()
+        for tile in gl.static_range(TILES):
+            words = assemble(planes[0], planes[1], planes[2], planes[3], R)
+            scale, zero = packed
+            # The next tile's loads go out before this one's work.
+            if tile + 1 < TILES:
+                next_first = first + 16 * (tile + 1)
+                next_base = it * WARPS * 4
+            else:
+                next_first = first
+                next_base = (it + 1) * WARPS * 4
+            if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
+                planes = load_planes(
+                    high_ptr,
+                    mid_ptr,
+                    low_ptr,
+                    gl.minimum(next_first + an, N - 1),
+                    next_base + aw * 4 + a_block,
+                    a_byte,
+                    NB,
+                    R,
+                    gl.int8,
+                )
+                packed = load_scales(
+                    scale_ptr, zero_ptr, gl.minimum(next_first + qn, N - 1), next_base + qw * 4 + qc, NB, NB, ZB
+                )
+            total = totals[tile]
+            for quarter in gl.static_range(4):
+                a = _codes(words[quarter % (R // 2)], quarter, R, MASK)
+                sums = mma_v2(a, operands[quarter], start).to(gl.float32, bitcast=True) - MAGIC
+                product, count = sums.reshape([WARPS, 16, 4, 2]).split()
+                product = gl.convert_layout(product, q_layout, assert_trivial=True)
+                count = gl.convert_layout(count, q_layout, assert_trivial=True)
+                s = _scale(scale, quarter)
+                u = _offset(zero, quarter, R, H, ZB)
+                t = product * of_product[quarter] - count * of_count[quarter] - u * of_offset[quarter]
+                total += s * t
+            added = added + (total,)
+        totals = added
+    for tile in gl.static_range(TILES):
+        store_tile(totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, 1, EXPONENTS, BIASED, 1.0)

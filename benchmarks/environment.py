@@ -1,0 +1,38 @@
+"""Where a figure was measured: the fields that every row of benchmarks/results carries."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+
+def commit() -> str:
+    """$COMMIT, or the checked-out commit, with "-dirty" where files differ from it, or "unknown"."""
+    if named := os.environ.get("COMMIT"):
+        return named
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def environment(seed: int) -> dict[str, object]:
+    """Device (the GPU, where there is one), versions (None: not installed), commit and seed."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "seed": seed,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
