@@ -217,9 +217,14 @@ def inside(directory: Path, name: str) -> Path:
             root = folder.parent.parent
             break
     path = directory / name
-    if not path.resolve().is_relative_to(root):
+    try:
+        is_inside, is_there = path.resolve().is_relative_to(root), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name of 256 bytes, links in a circle, a null character.
+        raise ModelError(f"{path}: path: expected a file's, got: {error}; fix: download the model again") from None
+    if not is_inside:
         raise ModelError(f"{path}: path: expected a file inside {directory}, got a link out of it; fix: copy the file")
-    if not path.exists():
+    if not is_there:
         raise ModelError(f"{path}: file: expected it, got nothing there; fix: download the model again")
     if not stat.S_ISREG(path.stat().st_mode):
         raise ModelError(f"{path}: file: expected a regular file, got another kind; fix: download the model again")
