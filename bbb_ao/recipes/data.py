@@ -170,18 +170,19 @@ def _resolve(name: str | Path) -> list[Path | str]:
     if not str(name):
         raise DataError("data: sources: expected a file, a folder or a hub dataset, got an empty name; fix: give one")
     path = Path(name)
-    if path.is_dir():
+    # Unlike Path's, os.path's functions answer for names that no file can have, too.
+    if os.path.isdir(path):
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not found:
             raise DataError(f"{name}: folder: expected {', '.join(SUFFIXES)} files, got none; fix: check the path")
         return list(found)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix not in SUFFIXES:
             raise DataError(
                 f"{name}: suffix: expected {', '.join(SUFFIXES)}, got {path.suffix!r}; fix: rename the file"
             )
         return [path]
-    if path.exists():
+    if os.path.exists(path):
         raise DataError(f"{name}: file: expected a regular file, got a device or pipe; fix: save the text to a file")
     if path.suffix in SUFFIXES or not HUB_NAME.fullmatch(str(name)):
         raise DataError(

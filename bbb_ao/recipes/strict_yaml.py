@@ -5,6 +5,7 @@ duplicate keys, explicit tags, anchors, aliases and deep nesting are refused, so
 """
 
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,17 @@ def read(path: Path) -> Any:
         RecipeError: missing, unreadable, too large, empty, with a byte-order mark, not UTF-8, or not plain YAML.
     """
     try:
-        if path.is_file() and path.stat().st_size > MOST_BYTES:
-            size = path.stat().st_size
-            raise RecipeError(f"{path}: size: expected at most {MOST_BYTES} bytes, got {size}; fix: give a recipe")
+        status = path.stat()
+        if status.st_size > MOST_BYTES:
+            raise RecipeError(
+                f"{path}: size: expected at most {MOST_BYTES} bytes, got {status.st_size}; fix: give a recipe"
+            )
+        if not stat.S_ISREG(status.st_mode):
+            raise RecipeError(f"{path}: file: expected a readable recipe, got another kind; fix: check the path")
         content = path.read_bytes()
-    except OSError as error:
-        raise RecipeError(
-            f"{path}: file: expected a readable recipe, got {error.strerror}; fix: check the path"
-        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{path}: file: expected a readable recipe, got {reason}; fix: check the path") from None
     if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise RecipeError(f"{path}: encoding: expected UTF-8 without a byte-order mark, got one; fix: save it without")
     try:

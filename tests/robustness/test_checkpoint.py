@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from robustness.damage import FILES, WEIGHTS, cast, edit_tensor, edit_tensors, put, two_shards
 
 from bbb_ao import packed_tensor
 from bbb_ao.manifest import MANIFEST
+from robustness.damage import FILES, WEIGHTS, cast, edit_tensor, edit_tensors, put, two_shards
 
 UP = "model.layers.0.mlp.up_proj"
 NORM_INDEX = "model.layers.0.input_layernorm.duplicate_index"

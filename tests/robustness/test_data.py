@@ -42,7 +42,10 @@ def test_bad_file_is_refused(name: str, refused, model: Path, tmp_path: Path) ->
     assert "; fix: " in message
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.txt", "missing", "a/b/c", "", "/dev/null", "no\x1bsuch"])
+@pytest.mark.parametrize(
+    "name",
+    ["missing.jsonl", "missing.txt", "missing", "a/b/c", "", "/dev/null", "no\x1bsuch", f"{'x' * 300}.txt", "x\0.txt"],
+)
 def test_missing_file_is_refused(name: str, refused, model: Path) -> None:
     evaluate(refused, model, name)
 

@@ -109,7 +109,9 @@ def test_bad_setting_is_refused(setting: str, refused, tmp_path: Path) -> None:
     assert "; fix: " in message
 
 
-@pytest.mark.parametrize("recipe", ["w2a61", "missing.yaml", "a/b", "../smoke", "/"])
+@pytest.mark.parametrize(
+    "recipe", ["w2a61", "missing.yaml", "a/b", "../smoke", "/", "", f"{'x' * 300}.yaml", "x\0.yaml", "/dev/zero"]
+)
 def test_unknown_recipe_is_refused(recipe: str, refused, tmp_path: Path) -> None:
     assert "recipe" in train(refused, recipe, tmp_path)
 
