@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bbb_ao.errors import ModelError
 from bbb_ao.packed_config import check_packed_config, check_stored
-from bbb_ao.safetensors_header import TensorEntry, read_header
+from bbb_ao.safetensors_header import TensorEntry, grows, read_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,6 +107,8 @@ def read_json(directory: Path, name: str) -> Any:
     content = path.read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path}: content: expected JSON, got a Git LFS pointer; fix: run git lfs pull")
+    if grows(content):
+        raise ModelError(f"{path}: content: expected fewer values, got millions; fix: restore the file")
     try:
         data = json.loads(content)
         levels = _levels(data)
