@@ -210,6 +210,10 @@ def compress(
     # Before training, so that what cannot be written is refused now.
     resolved = dump_recipe(recipe)
     check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    if not isinstance(data, Tensor):
+        from bbb_ao.recipes.data import resolve_sources
+
+        resolve_sources(data)
     model, tokenizer = _load(model_or_path, tokenizer)
     if isinstance(model_or_path, str | Path):
         check_space(output_dir, Path(model_or_path), max(recipe.stages[-1].widths))

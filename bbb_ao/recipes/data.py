@@ -152,10 +152,7 @@ def load_documents(sources: Sources, seed: int | None = None) -> Iterator[Docume
     Raises:
         DataError: missing, empty, malformed (with the line), no text column, or a hub name while offline.
     """
-    names = [sources] if isinstance(sources, str | Path) else list(sources)
-    if not names:
-        raise DataError("data: sources: expected a file, a folder or a hub dataset, got none; fix: give one")
-    resolved = [item for name in names for item in _resolve(name)]
+    resolved = resolve_sources(sources)
     if seed is None:
         return (document for item in resolved for document in _in_order(item))
     texts = [index_file(item) for item in resolved if isinstance(item, Path) and item.suffix != ".parquet"]
@@ -163,6 +160,18 @@ def load_documents(sources: Sources, seed: int | None = None) -> Iterator[Docume
     if texts:
         streams.insert(0, _permuted(texts, seed))
     return _in_turn(streams)
+
+
+def resolve_sources(sources: Sources) -> list[Path | str]:
+    """The files of all sources, and the names of hub datasets; nothing is read.
+
+    Raises:
+        DataError: missing, or of no known kind.
+    """
+    names = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not names:
+        raise DataError("data: sources: expected a file, a folder or a hub dataset, got none; fix: give one")
+    return [item for name in names for item in _resolve(name)]
 
 
 def _resolve(name: str | Path) -> list[Path | str]:

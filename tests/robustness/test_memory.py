@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from robustness.damage import INDEX, WEIGHTS, remove
 
 PEAK_RESET = Path("/proc/self/clear_refs")
