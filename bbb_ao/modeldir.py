@@ -8,11 +8,13 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bbb_ao.errors import ModelError, RecipeError, ResourceError
-from bbb_ao.safetensors_header import TensorEntry, read_header
+from bbb_ao.errors import ModelError
+from bbb_ao.packed_config import check_packed_config, check_stored
+from bbb_ao.safetensors_header import TensorEntry, grows, read_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,74 +23,48 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
+ADAPTER, TOKENIZER_SETTINGS = "adapter_config.json", "tokenizer_config.json"
 QUANT_METHOD = "bitbybit"
+# Endings of the files that loaders read from a directory, whether they are meant to be there or not.
+LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py", *PICKLES)
 MOST_JSON_BYTES = 64 * 2**20
 MOST_LEVELS = 32
-JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+JSON_FILES = ("generation_config.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "tokenizer.json")
 
 
-def check_model_directory(model: str | Path, allow_bitbybit: bool = False) -> dict[str, Any]:
+def check_model_directory(
+    model: str | Path, allow_bitbybit: bool = False, needs_tokenizer: bool = True
+) -> dict[str, Any]:
     """Refuse a model that is missing, unsafe, damaged or of the wrong kind.
 
     Args:
         model: a directory, as from `fetch_model`.
         allow_bitbybit: also accept a checkpoint that this package wrote (for evaluation and inspection).
+        needs_tokenizer: refuse a directory without one.
     Returns:
         its config.json.
     Raises:
         ModelError: one line, `<file>: <field>: expected X, got Y; fix: ...`.
     """
     directory = Path(model)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise ModelError(f"{model}: model: expected a directory, got none; fix: check the path")
     try:
         config = _check_config(directory, allow_bitbybit)
         for name in JSON_FILES:
             if (directory / name).exists():
                 _refuse_code(read_json(directory, name), directory / name)
-        if not any((directory / name).is_file() for name in TOKENIZERS):
+        if needs_tokenizer and not any((directory / name).is_file() for name in TOKENIZERS):
             raise ModelError(
                 f"{directory}: tokenizer: expected one of {', '.join(TOKENIZERS[:3])}, got none; "
                 "fix: save the model's tokenizer beside it"
             )
-        _check_weight_files(directory, source="quantization_config" not in config)
+        _check_other_files(directory)
+        _check_weight_files(directory, config)
     except OSError as error:
         name = error.filename or directory
         raise ModelError(f"{name}: file: expected it readable, got {error.strerror}; fix: check permissions") from None
     return config
-
-
-def check_output_directory(output: str | Path, model: str | Path | None = None) -> Path:
-    """Refuse a directory that is the model's own, lies inside it, or holds anything already.
-
-    Returns:
-        the path; nothing is created.
-    Raises:
-        RecipeError: as above, or it is no directory.
-        ResourceError: it, or the nearest folder above it, cannot be written.
-    """
-    path = Path(output)
-    if model is not None and Path(model).exists():
-        source, target = Path(model).resolve(), path.resolve()
-        if target == source or source in target.parents:
-            raise RecipeError(
-                f"{output}: output: expected a directory other than the model's, got the same; fix: choose another"
-            )
-    if path.exists() or path.is_symlink():
-        if not path.is_dir():
-            raise RecipeError(f"{output}: output: expected a directory, got a file; fix: choose another path")
-        if any(path.iterdir()):
-            raise RecipeError(
-                f"{output}: output: expected an empty or missing directory, got files; fix: choose another"
-            )
-    nearest = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.exists())
-    if not nearest.is_dir():
-        raise RecipeError(
-            f"{output}: output: expected a path below a directory, got the file {nearest}; fix: choose another"
-        )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ResourceError(f"{output}: output: expected {nearest} writable, got no permission; fix: choose another")
-    return path
 
 
 def check_weights(model: "nn.Module") -> None:
@@ -123,7 +99,7 @@ def read_json(directory: Path, name: str) -> Any:
     Raises:
         ModelError: not there, no regular file inside the directory, not JSON, or nested too deeply.
     """
-    path = _inside(directory, name)
+    path = inside(directory, name)
     if path.stat().st_size > MOST_JSON_BYTES:
         raise ModelError(
             f"{path}: size: expected at most 64 MiB, got {path.stat().st_size} bytes; fix: restore the file"
@@ -131,6 +107,8 @@ def read_json(directory: Path, name: str) -> Any:
     content = path.read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path}: content: expected JSON, got a Git LFS pointer; fix: run git lfs pull")
+    if grows(content):
+        raise ModelError(f"{path}: content: expected fewer values, got millions; fix: restore the file")
     try:
         data = json.loads(content)
         levels = _levels(data)
@@ -165,11 +143,10 @@ def fetch_model(model: str | Path) -> Path:
     Raises:
         ModelError: nothing there, or a hub id that cannot be downloaded.
     """
-    path = Path(model)
-    # An empty name would be the current directory.
-    if str(model) and path.is_dir():
-        return path
-    if str(model) and path.exists():
+    # An empty name would be the current directory; of one that no file can have, os.path says that it is not there.
+    if str(model) and os.path.isdir(model):
+        return Path(model)
+    if str(model) and os.path.exists(model):
         raise ModelError(
             f"{model}: model: expected a directory, got a file; fix: give the folder that holds config.json"
         )
@@ -183,7 +160,9 @@ def fetch_model(model: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "recipe.yaml"]
+            )
         )
     except Exception as error:  # the hub's client, its network library and the disk each raise their own
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -192,18 +171,28 @@ def fetch_model(model: str | Path) -> Path:
         ) from error
 
 
-def _inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: str) -> Path:
     """The path of a file that must lie in the directory, symbolic links resolved.
 
     Folders of the hub's cache, models--*/snapshots/<revision>, link to models--*/blobs; that is inside, too.
+
+    Raises:
+        ModelError: it lies elsewhere, is not there, or is no regular file.
     """
     root = directory.resolve()
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            root = folder.parent.parent
+            break
     path = directory / name
-    if not path.resolve().is_relative_to(root):
+    try:
+        is_inside, is_there = path.resolve().is_relative_to(root), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name of 256 bytes, links in a circle, a null character.
+        raise ModelError(f"{path}: path: expected a file's, got: {error}; fix: download the model again") from None
+    if not is_inside:
         raise ModelError(f"{path}: path: expected a file inside {directory}, got a link out of it; fix: copy the file")
-    if not path.exists():
+    if not is_there:
         raise ModelError(f"{path}: file: expected it, got nothing there; fix: download the model again")
     if not stat.S_ISREG(path.stat().st_mode):
         raise ModelError(f"{path}: file: expected a regular file, got another kind; fix: download the model again")
@@ -224,6 +213,7 @@ def _check_config(directory: Path, allow_bitbybit: bool) -> dict[str, Any]:
                 f"{path}: quantization_config: expected a full-precision model, got quant_method {method!r}; "
                 "fix: give the original model"
             )
+        check_packed_config(quantization, str(path))
     return config
 
 
@@ -243,12 +233,63 @@ def _refuse_code(data: Any, path: Path) -> None:
             row.extend(item)
 
 
-def _check_weight_files(directory: Path, source: bool) -> None:
-    """All weights in whole safetensors files inside the directory, and of a floating type where they are a source's."""
+def _check_other_files(directory: Path) -> None:
+    """No link out of the directory among the files that loaders read, and none that names files elsewhere."""
+    for path in directory.iterdir():
+        if path.suffix in LOADED and path.is_symlink() and path.suffix not in PICKLES:
+            inside(directory, path.name)
+    if (directory / ADAPTER).exists():
+        raise ModelError(
+            f"{directory / ADAPTER}: file: expected a whole model, got an adapter, which names its base elsewhere; "
+            "fix: merge it into its base"
+        )
+    settings = read_json(directory, TOKENIZER_SETTINGS) if (directory / TOKENIZER_SETTINGS).exists() else {}
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        # The tokenizer reads such a file instead of its own; the special tokens' one is a leftover that nothing reads.
+        outside = isinstance(value, str) and (os.sep in value or value.startswith("."))
+        if key.endswith("_file") and key != "special_tokens_map_file" and outside:
+            raise ModelError(
+                f"{directory / TOKENIZER_SETTINGS}: {key}: expected a plain file name, got {value!r:.80}; "
+                "fix: remove it"
+            )
+
+
+def _check_weight_files(directory: Path, config: dict[str, Any]) -> None:
+    """All weights in whole safetensors files inside the directory, of types and sizes that the configuration names."""
+    entries, names = weight_entries(directory)
+    packed = config.get("quantization_config")
+    for name, entry in entries.items():
+        if 0 in entry.shape:
+            raise ModelError(
+                f"{directory}: {name}: expected a tensor with values, got shape {list(entry.shape)}; "
+                "fix: restore the file"
+            )
+        if not packed and name.endswith("weight") and entry.dtype not in FLOATS:
+            raise ModelError(
+                f"{directory}: {name}: expected {', '.join(FLOATS[1:])}, got {entry.dtype}; "
+                "fix: give the model before quantization"
+            )
+    _check_blocks(directory, config, len(entries))
+    if packed:
+        if surplus := sorted({path.name for path in directory.glob("*.safetensors")} - names):
+            raise ModelError(
+                f"{directory / surplus[0]}: file: expected only the weights' files, got {len(surplus)} more; "
+                "fix: remove what was added"
+            )
+        check_stored(packed, entries)
+
+
+def weight_entries(directory: Path) -> tuple[dict[str, TensorEntry], set[str]]:
+    """The tensors of a directory's weights by the headers of their files, and the names of these files.
+
+    Raises:
+        ModelError: no weights, or damaged, outside the directory, or not as the index says.
+    """
+    names = {WEIGHTS}
     if (directory / WEIGHTS).is_symlink() or (directory / WEIGHTS).exists():
-        entries = read_header(_inside(directory, WEIGHTS))
+        entries = read_header(inside(directory, WEIGHTS))
     elif (directory / INDEX).is_symlink() or (directory / INDEX).exists():
-        entries = _read_shards(directory)
+        entries, names = _read_shards(directory)
     else:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
         got = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
@@ -256,20 +297,50 @@ def _check_weight_files(directory: Path, source: bool) -> None:
         raise ModelError(f"{directory}: weights: expected {WEIGHTS}, got {got}; fix: {fix}")
     if not entries:
         raise ModelError(f"{directory}: weights: expected tensors, got none; fix: download the model again")
-    for name, entry in entries.items():
-        if source and 0 in entry.shape:
+    return entries, names
+
+
+def _check_blocks(directory: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse more blocks than tensors: building them would take hours before the first one is found missing."""
+    for settings in (config, config.get("text_config")):
+        blocks = settings.get("num_hidden_layers") if isinstance(settings, dict) else None
+        if blocks is not None and (type(blocks) is not int or not 0 <= blocks <= tensors):
             raise ModelError(
-                f"{directory}: {name}: expected a tensor with values, got shape {list(entry.shape)}; "
-                "fix: restore the file"
-            )
-        if source and name.endswith("weight") and entry.dtype not in FLOATS:
-            raise ModelError(
-                f"{directory}: {name}: expected {', '.join(FLOATS[1:])}, got {entry.dtype}; "
-                "fix: give the model before quantization"
+                f"{directory / CONFIG}: num_hidden_layers: expected at most {tensors}, the number of tensors, "
+                f"got {blocks!r:.40}; fix: restore the file"
             )
 
 
-def _read_shards(directory: Path) -> dict[str, TensorEntry]:
+def read_stored(root: str | Path, files: Iterable[str | Path]) -> dict[str, TensorEntry]:
+    """The tensors of the files that a loader is about to read.
+
+    Args:
+        root: the directory that it was given; where there is none (a hub id), each file's own folder in the cache.
+    Raises:
+        ModelError: a file outside the directory or no whole safetensors file, or a tensor in two of them.
+    """
+    stored: dict[str, TensorEntry] = {}
+    for file in map(Path, files):
+        if file.suffix != ".safetensors":
+            raise ModelError(f"{file}: weights: expected safetensors, got {file.name!r}; fix: convert them")
+        folder = Path(root) if root and Path(root).is_dir() else file.parent
+        _add_shard(stored, inside(folder, os.path.relpath(file, folder)))
+    return stored
+
+
+def _add_shard(entries: dict[str, TensorEntry], path: Path) -> dict[str, TensorEntry]:
+    """Add a file's tensors to those of the files before it, and return them."""
+    added = read_header(path)
+    if twice := entries.keys() & added.keys():
+        raise ModelError(
+            f"{path}: {min(twice)!r:.100}: expected in one file only, got it in two; fix: download the model again"
+        )
+    entries |= added
+    return added
+
+
+def _read_shards(directory: Path) -> tuple[dict[str, TensorEntry], set[str]]:
+    """The tensors of all shards, and the shards' names."""
     path = directory / INDEX
     index = read_json(directory, INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -280,7 +351,12 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
         # transformers joins these to the directory as they are and reads whatever is there.
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
             raise ModelError(f"{path}: weight_map: expected plain file names, got {shard!r:.80}; fix: restore the file")
-        entries.update(read_header(_inside(directory, shard)))
+        added = _add_shard(entries, inside(directory, shard))
+        if strayed := [name for name in added if weight_map.get(name, shard) != shard]:
+            raise ModelError(
+                f"{path}: weight_map: expected {strayed[0]!r:.100} in {weight_map[strayed[0]]}, got it in {shard}; "
+                "fix: download the model again"
+            )
     for kind, names in (
         ("missing", weight_map.keys() - entries.keys()),
         ("surplus", entries.keys() - weight_map.keys()),
@@ -290,4 +366,4 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
                 f"{path}: weight_map: expected the shards' tensors, got {len(names)} {kind}, "
                 f"first {min(names)!r:.100}; fix: download the model again"
             )
-    return entries
+    return entries, set(weight_map.values())

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bbb_ao.cli.doctor import doctor
 from bbb_ao.cli.spread import SpreadCommand
+from bbb_ao.cli.verify import verify
 from bbb_ao.errors import ModelError, RecipeError
 
 WINDOW = 1024  # tokens; the protocol's, unless the model's context is shorter
@@ -64,20 +66,23 @@ def train(
     log: Annotated[str | None, typer.Option(metavar="FILE", help="JSON lines [DIR.log.jsonl].")] = None,
 ) -> None:
     """Compress MODEL by a recipe, and save a directory that transformers loads."""
-    from bbb_ao.modeldir import check_model_directory, check_output_directory, fetch_model
+    from bbb_ao.modeldir import check_model_directory, fetch_model
+    from bbb_ao.outputs import check_log, check_output_directory, check_space
     from bbb_ao.recipes.loader import load_recipe
 
     settings = load_recipe(recipe, overrides or [])
     directory = fetch_model(model)
-    # `compress` checks both again for its other callers; here they come before seconds of imports.
-    check_output_directory(output, directory)
+    # `compress` checks them again for its other callers; here they come before seconds of imports.
+    target = check_output_directory(output, directory)
     check_model_directory(directory)
+    check_space(output, directory, max(settings.stages[-1].widths))
+    record = Path(log) if log is not None else target.with_name(f"{target.name}.log.jsonl")
+    check_log(record, output, [directory, *data])
     from bbb_ao.recipes.compress import compress
     from bbb_ao.recipes.loading import choose_device
     from bbb_ao.recipes.progress import Progress
 
     place = choose_device(device)
-    record = Path(log) if log else Path(f"{output.rstrip('/')}.log.jsonl")
     with Progress(len(settings.stages), record) as progress:
         result = compress(directory, settings, data, output, device=place, report=progress)
     for plan in result.prepared.plans:
@@ -165,7 +170,8 @@ def assign(
     device: DeviceOption = None,
 ) -> None:
     """Give each layer of DIR a width of its own, by what it costs on DATA, without training."""
-    from bbb_ao.modeldir import check_model_directory, check_output_directory
+    from bbb_ao.modeldir import check_model_directory
+    from bbb_ao.outputs import check_output_directory
 
     if (budget is None) == (size is None):
         raise RecipeError("--budget: expected it or --bytes, got both or none; fix: give one")
@@ -226,6 +232,10 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
     rows.append(("total", "", "", "", 8 * size / max(count, 1), sum(row.split_channels for row in layers), size))
     heads = ("layer", "widths", "bits", "act_bits", "bits_per_weight", "split_channels", "bytes")
     _print_table([heads, *rows])
+
+
+app.command()(verify)
+app.command()(doctor)
 
 
 @app.command()

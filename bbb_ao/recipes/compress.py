@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bbb_ao.checkpoint import save_packed
 from bbb_ao.convert import convert_model
 from bbb_ao.errors import DataError, RecipeError
-from bbb_ao.modeldir import check_model_directory, check_output_directory, check_weights
+from bbb_ao.modeldir import check_model_directory, check_weights
+from bbb_ao.outputs import check_output_directory, check_space
 from bbb_ao.packed_head import find_head, pack_head
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
@@ -209,7 +210,13 @@ def compress(
     # Before training, so that what cannot be written is refused now.
     resolved = dump_recipe(recipe)
     check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    if not isinstance(data, Tensor):
+        from bbb_ao.recipes.data import resolve_sources
+
+        resolve_sources(data)
     model, tokenizer = _load(model_or_path, tokenizer)
+    if isinstance(model_or_path, str | Path):
+        check_space(output_dir, Path(model_or_path), max(recipe.stages[-1].widths))
     result = train(model, _sequences(data, tokenizer, recipe, model), recipe, device, report)
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
