@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +21,11 @@ from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.distill import train_model_stage
 from bbb_ao.recipes.generation import generate_sequences
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
+from bbb_ao.recipes.machine import describe_device, peak_memory, versions
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
 from bbb_ao.recipes.stages import Recipe
+from bbb_ao.recipes.statistics import layer_errors
 from bbb_ao.storage import footprint
 
 
@@ -126,9 +128,15 @@ def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.de
     prepared = prepare_student(student, recipe, run)
     for plan in prepared.plans:
         report.event("plan", blocks=len(plan.blocks), plan=str(plan))
+    for site in prepared.channels:
+        report.event("channels", **asdict(site))
+    set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
+    report.event("layers", when="before", errors=layer_errors(run, student))
+    report.event("prepared", phase_seconds=round(time.perf_counter() - start, 3), **peak_memory(device))
     result = Result(student, prepared)
     higher = None
     for number, stage in enumerate(recipe.stages):
+        stage_start = time.perf_counter()
         seed = recipe.seed + 10_000 * (number + 1)
         if stage.epochs == 0:
             result.fits.append([])
@@ -140,8 +148,12 @@ def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.de
             fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step)
             report.block(0, stage.name, fit)
             result.fits.append([fit])
+        report.event(
+            "stage_done", stage=number, phase_seconds=round(time.perf_counter() - stage_start, 3), **peak_memory(device)
+        )
         higher = stage
     set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
+    report.event("layers", when="after", errors=layer_errors(run, student))
     result.seconds = time.perf_counter() - start
     return result
 
@@ -186,6 +198,7 @@ def compress(
     tokenizer: Any = None,
     device: torch.device | None = None,
     report: Reporter | None = None,
+    command: str | None = None,
 ) -> Result:
     """Quantize a model by a recipe and save the packed result.
 
@@ -195,6 +208,7 @@ def compress(
         data: files or folders (see `data.load_documents`), or calibration ids, int64 [sequences, tokens].
         output_dir: written at the end, whole or not at all; must be empty or absent, and not the model's directory.
         tokenizer: needed with a model object and data that is text; saved beside the weights.
+        command: how the run was started, for its log.
     Returns:
         the packed model with its figures.
     Raises:
@@ -210,10 +224,28 @@ def compress(
     resolved = dump_recipe(recipe)
     check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
     model, tokenizer = _load(model_or_path, tokenizer)
-    result = train(model, _sequences(data, tokenizer, recipe, model), recipe, device, report)
+    sequences = _sequences(data, tokenizer, recipe, model)
+    device, report = device or choose_device(), report or Silent()
+    report.event(
+        "run",
+        command=command,
+        model=str(model_or_path) if isinstance(model_or_path, str | Path) else type(model).__name__,
+        recipe=resolved,
+        sequences=list(sequences.shape),
+        device=describe_device(device),
+        versions=versions(),
+    )
+    result = train(model, sequences, recipe, device, report)
+    start = time.perf_counter()
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
     save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
+    report.event(
+        "saved",
+        bits_per_weight=result.bits_per_weight,
+        phase_seconds=round(time.perf_counter() - start, 3),
+        **peak_memory(device),
+    )
     return result
 
 
