@@ -35,17 +35,22 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], folded: bool = True) -> str:
     """A table, folded away where it only repeats a chart; the first column names its rows."""
-    head = tag("tr", *(tag("th", plain(name), scope="col") for name in heads))
+    head = tag("thead", tag("tr", *(tag("th", plain(name), scope="col") for name in heads))) if heads else ""
     body = (
         tag("tr", tag("th", plain(first), scope="row"), *(tag("td", plain(cell)) for cell in rest))
         for first, *rest in rows
     )
-    whole = tag("table", tag("caption", plain(caption)), tag("thead", head), tag("tbody", *body))
+    whole = tag("table", tag("caption", plain(caption)), head, tag("tbody", *body))
     # Focusable, so that the keyboard can scroll it.
     scrolled = tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
     return tag("details", tag("summary", f"Table: {plain(caption)}"), scrolled) if folded else scrolled
 
 
+def shell(command: str) -> str:
+    """A command, with a line for each option; the shell joins them again."""
+    return tag("pre", tag("code", plain(command.replace(" --", " \\\n  --"))), tabindex="0")
+
+
 def missing(text: str, command: str = "") -> str:
     """What is not known of a run, and the command that adds it."""
-    return tag("div", paragraph(text), tag("pre", tag("code", plain(command))) if command else "", class_="missing")
+    return tag("div", paragraph(text), shell(command) if command else "", class_="missing")

@@ -4,9 +4,10 @@ import re
 from importlib.resources import files
 
 from bbb_ao.report.layers import channels_section, errors_section
-from bbb_ao.report.markup import missing, paragraph, plain, section, table, tag
+from bbb_ao.report.markup import missing, paragraph, plain, section, shell, table, tag
 from bbb_ao.report.quality import data_sets, perplexity_section
 from bbb_ao.report.records import Run
+from bbb_ao.report.scale import short
 from bbb_ao.report.training import GIB, cost_section, duration, loss_section, peaks, whole_time
 
 # By this a report is known before it is overwritten.
@@ -52,7 +53,7 @@ def _state(run: Run) -> str:
     if not run.stages:
         return "Not finished: no stage has begun."
     number, stage = max(run.stages.items())
-    return f"Not finished: {len(stage.fits)} of {stage.blocks} blocks of stage {number + 1}, {stage.name}, are done."
+    return f"Not finished: stage {number + 1}, {stage.name}, has done {len(stage.fits)} of {stage.blocks} blocks."
 
 
 def _figures(run: Run) -> str:
@@ -64,10 +65,10 @@ def _figures(run: Run) -> str:
         for read, row in [min(own, key=lambda pair: pair[0])] if own else []:
             shown.append((f"perplexity at {row.bits} bits", f"{row.ppl:.2f}"))
             shown += [("in full precision", f"{each.ppl:.2f}") for each in rows if each.of == "full_precision"]
-            shown += [(f"bits per weight read at {row.bits}", f"{read:.2f}")] if f"{read:.2f}" != stored else []
-    shown += [("bits per weight stored", stored)] if stored else []
+            shown += [(f"bits/weight at {row.bits} bits", f"{read:.2f}")] if f"{read:.2f}" != stored else []
+    shown += [("bits/weight stored", stored)] if stored else []
     shown += [("time", duration(whole_time(run)))] if run.phases else []
-    shown += [(f"{name} memory", f"{most / GIB:.2f} GiB") for name, most in peaks(run).items()]
+    shown += [(f"{name} memory", f"{short(most / GIB)} GiB") for name, most in peaks(run).items()]
     cells = [tag("div", tag("dt", plain(name)), tag("dd", plain(value))) for name, value in shown]
     return tag("dl", *cells, class_="figures")
 
@@ -81,7 +82,7 @@ def _recipe_section(run: Run) -> str:
         *(run.versions.items()),
     ]
     known = [(name, value) for name, value in facts if value]
-    parts = [tag("div", table("What the run depends on", ("", ""), known, False), class_="facts")] if known else []
+    parts = [tag("div", table("What the run depends on", (), known, False), class_="facts")] if known else []
     if run.recipe:
         text = tag("pre", tag("code", plain(run.recipe)), tabindex="0")
         parts.append(tag("details", tag("summary", "Recipe with every key"), text))
@@ -93,5 +94,4 @@ def _reproduce_section(run: Run) -> str:
         told = missing("The command is not known: the run was started from Python, or its log is not there.")
         return section("reproduce", "To reproduce", told)
     text = "The same command gives the same weights on the same machine, with the same data and versions."
-    code = tag("pre", tag("code", plain(run.command)), tabindex="0")
-    return section("reproduce", "To reproduce", paragraph(text), code)
+    return section("reproduce", "To reproduce", paragraph(text), shell(run.command))

@@ -1,5 +1,6 @@
 """What the run is worth: perplexity against bits per weight, and tasks."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from itertools import groupby
@@ -7,7 +8,7 @@ from itertools import groupby
 from bbb_ao.report.figures import NARROW, chart, legend
 from bbb_ao.report.markup import missing, paragraph, plain, section, table, tag
 from bbb_ao.report.records import Evaluation, Run
-from bbb_ao.report.scale import value_scale
+from bbb_ao.report.scale import Scale, value_scale
 from bbb_ao.report.svg import Axis, Point, Rule, Series, line_chart
 
 NAMES = {"checkpoint": "this run", "round_to_nearest": "round to nearest", "full_precision": "full precision"}
@@ -32,7 +33,8 @@ def perplexity_section(run: Run) -> str:
     parts = [paragraph(text)]
     command = shlex.join(["bbb-ao", "eval", str(run.directory), "--data", "FILE", "--baseline", run.model or "MODEL"])
     if not groups:
-        parts.append(missing("Not measured yet. With a text that the run did not train on:", command))
+        when = "Not measured yet" if run.saved else "Not to be measured before the run is finished; then"
+        parts.append(missing(f"{when}, with a text that the run did not train on:", command))
     elif not all({row.of for row in rows} >= NAMES.keys() for rows in groups.values()):
         parts.append(missing("Full precision or round to nearest is not measured on every text. To add it:", command))
     for number, ((data, windows, window), rows) in enumerate(groups.items()):
@@ -83,7 +85,9 @@ def _chart(identity: str, width: float, rows: Sequence[Evaluation]) -> str:
     full = [row.ppl for row in rows if row.of == "full_precision"]
     rules = [Rule(value, f"full precision {value:.2f}" if wide else "") for value in full]
     widths = [point.x for each in series for point in each.points]
-    x = value_scale(widths, log=max(widths, default=1.0) > 2 * min(widths, default=1.0), room=0.1)
+    low, high = min(widths, default=2.0), max(widths, default=3.0)
+    # Whole bits at the ends, unless the widths lie so far apart that they need a logarithm.
+    x = value_scale(widths, log=True) if high > 2 * low else Scale(math.floor(low), math.floor(high) + 1)
     y = value_scale([row.ppl for row in rows])
     picture = line_chart(
         identity,

@@ -7,6 +7,8 @@ from itertools import product
 
 # Values that spread further than this factor get a logarithmic axis.
 LOG_FACTOR = 4.0
+# Beyond this, and below its inverse on a logarithmic axis, the arithmetic of axes overflows.
+HUGE = 1e250
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,19 @@ def finite(values: Iterable[float]) -> list[float]:
 
 
 def value_scale(values: Iterable[float], log: bool | None = None, room: float = 0.08) -> Scale:
-    """The axis for values; NaN, infinities and, on a logarithmic axis, values up to 0 are left out.
+    """The axis for values; NaN, infinities, what is beyond HUGE and, on a logarithmic axis, up to 0 are left out.
 
     Args:
         log: None decides by the spread: logarithmic where it exceeds LOG_FACTOR and all values are positive.
         room: share of the axis that stays free at either end.
     """
-    known = finite(values)
+    known = [value for value in values if abs(value) < HUGE]
     if log is None:
         log = bool(known) and min(known) > 0 and max(known) / min(known) > LOG_FACTOR
     if log:
-        logs = [math.log(value) for value in known if value > 0] or [0.0]
+        logs = [math.log(value) for value in known if value > 1 / HUGE] or [0.0]
         low, high = _widened(min(logs), max(logs), room, 0.5)
-        # Within what a float can hold.
-        return Scale(math.exp(max(low, -690.0)), math.exp(min(high, 690.0)), True)
+        return Scale(math.exp(low), math.exp(high), True)
     return Scale(*_widened(min(known, default=0.0), max(known, default=1.0), room, 0.5))
 
 
@@ -94,4 +95,4 @@ def short(value: float) -> str:
     text = f"{value:.3g}"
     if "e" not in text:
         return text
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else text.replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else text.replace("e-0", "e-").replace("e+", "e")

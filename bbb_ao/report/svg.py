@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from bbb_ao.report.markup import plain, tag
 from bbb_ao.report.scale import Scale, short
 
-CHARACTER = 7.0  # width of an average character at the charts' 12 px, rounded up
+CHARACTER = 8.5  # width of a bold digit of a wide font at the charts' 12 px
 LINE = 15.0  # least distance of two labels, px
+NEAR = 100.0  # a line that ends so close to the names' column has its name there, px
 TOP, BOTTOM = 26.0, 40.0  # room for the axes' names and numbers, px
 
 
@@ -56,7 +56,7 @@ class Rule:
 
 
 def text_width(text: str) -> float:
-    """About as wide as this text is, px."""
+    """At most as wide as this text is likely to be, px."""
     return CHARACTER * len(text)
 
 
@@ -147,58 +147,49 @@ def line_chart(
                 ends.append((rule.name, "ink", plot.right, up(rule.y)))
     for each in series:
         shown = [p for p in each.points if x.scale.shows(p.x) and y.scale.shows(p.y)]
-        places = [(plot.across(point.x), up(point.y)) for point in shown]
-        small = any(abs(b[0] - a[0]) < 9 for a, b in pairwise(places))
-        parts.append(
-            _series(
-                each,
-                shown,
-                places,
-                small,
-                [up(p.start) if p.start is not None and y.scale.shows(p.start) else None for p in shown],
-            )
-        )
-        if places and each.name:
-            ends.append((each.name, each.kind, *places[-1]))
-    parts += _end_labels(ends, plot.top, plot.bottom + 6)
+        parts.append(_line(plot, each, shown))
+        if shown and each.name:
+            ends.append((each.name, each.kind, plot.across(shown[-1].x), up(shown[-1].y)))
+    # The name of a rule is at the right edge, and the others stand in one column with it.
+    parts += _end_labels(ends, plot.top, plot.bottom, plot.right if rules else 0.0)
     return frame(identity, size, words, "".join(parts))
 
 
-def _series(
-    series: Series,
-    shown: Sequence[Point],
-    places: Sequence[tuple[float, float]],
-    small: bool,
-    starts: Sequence[float | None],
-) -> str:
-    """The line, its markers and what belongs to each of them."""
+def _line(plot: _Plot, series: Series, shown: Sequence[Point]) -> str:
+    """The line, its markers and what they say; markers too close to be told apart are there but do not show."""
+    places = [(plot.across(point.x), plot.up(point.y)) for point in shown]
+    apart = (places[-1][0] - places[0][0]) / (len(places) - 1) if len(places) > 2 else plot.right
+    radius, marker = (3.5, series.marker) if apart >= 9 else (1.8, series.marker if apart >= 5 else "hidden")
     parts = []
-    for (across, high), start in zip(places, starts, strict=True):
-        if start is not None:
+    for point, (across, high) in zip(shown, places, strict=True):
+        if point.start is not None and plot.y.scale.shows(point.start):
+            start = plot.up(point.start)
             parts.append(tag("line", x1=across, x2=across, y1=start, y2=high, class_="whisker"))
     if len(places) > 1:
         path = " ".join(f"{across:.1f},{high:.1f}" for across, high in places)
         parts.append(tag("polyline", points=path, class_="line"))
     for point, (across, high) in zip(shown, places, strict=True):
         note = tag("title", plain(point.note)) if point.note else ""
-        parts.append(tag("circle", note, cx=across, cy=high, r=1.8 if small else 3.5, class_=series.marker))
-    return tag("g", "".join(parts), class_=series.kind)
+        parts.append(tag("circle", note, cx=across, cy=high, r=radius, class_=marker))
+    return tag("g", *parts, class_=series.kind)
 
 
-def _end_labels(ends: Sequence[tuple[str, str, float, float]], top: float, bottom: float) -> list[str]:
-    """Names beside the ends of lines, moved apart where they would touch."""
-    ordered = sorted(ends, key=lambda end: end[3])
+def _end_labels(ends: Sequence[tuple[str, str, float, float]], top: float, bottom: float, column: float) -> list[str]:
+    """Names beside the ends of lines: those near `column` stand in it, moved apart where they would touch."""
+    near = sorted((end for end in ends if end[2] > column - NEAR), key=lambda end: end[3])
     heights: list[float] = []
-    for *_, high in ordered:
+    for *_, high in near:
         heights.append(max(high, heights[-1] + LINE) if heights else max(high, top))
     for number in reversed(range(len(heights))):
         limit = bottom if number == len(heights) - 1 else heights[number + 1] - LINE
         heights[number] = min(heights[number], limit)
+    placed = [(*end, max(end[2], column), moved) for end, moved in zip(near, heights, strict=True)]
+    placed += [(*end, end[2], end[3]) for end in ends if end not in near]
     parts = []
-    for (name, kind, across, high), moved in zip(ordered, heights, strict=True):
-        if abs(moved - high) > 3:
-            parts.append(tag("line", x1=across + 5, x2=across + 10, y1=high, y2=moved, class_="leader"))
-        parts.append(tag("text", plain(name), x=across + 12, y=moved + 4, class_=f"label {kind}"))
+    for name, kind, across, high, at, moved in placed:
+        if abs(moved - high) > 3 or at - across > 3:
+            parts.append(tag("line", x1=across + 5, x2=at + 10, y1=high, y2=moved, class_="leader"))
+        parts.append(tag("text", plain(name), x=at + 12, y=moved + 4, class_=f"label {kind}"))
     return parts
 
 
