@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -84,6 +84,7 @@ def train(
     device: torch.device | None = None,
     report: Reporter | None = None,
     generated: Tensor | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Result:
     """Run a recipe's stages on a model.
 
@@ -93,6 +94,7 @@ def train(
         device: where blocks are trained; None takes `choose_device()`.
         generated: text of the model's own for stages that ask for it, int64 [recipe.generated, tokens], as from
             `generate_sequences`; None lets the model write it now.
+        facts: further values of the log's first event, "run".
     Returns:
         the trained student on the CPU, float32 masters, at the last stage's widths.
     Raises:
@@ -114,10 +116,17 @@ def train(
                     "fix: generate as many sequences, of the same length"
                 )
             sequences = torch.cat([sequences, generated])
-        return _train(model, sequences, recipe, device, report or Silent())
+        return _train(model, sequences, recipe, device, report or Silent(), facts or {})
 
 
-def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Result:
+def _train(
+    model: nn.Module,
+    sequences: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    report: Reporter,
+    facts: Mapping[str, Any],
+) -> Result:
     """`train` on [calibration and generated sequences, tokens]."""
     start = time.perf_counter()
     torch.manual_seed(recipe.seed)
@@ -126,6 +135,9 @@ def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.de
     run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own)
     student = copy.deepcopy(model).float().cpu()
     prepared = prepare_student(student, recipe, run)
+    # Not before: a run that is refused leaves no log.
+    shape = [len(sequences) - recipe.generated, sequences.shape[1]]
+    report.event("run", **facts, sequences=shape, device=describe_device(device), versions=versions())
     for plan in prepared.plans:
         report.event("plan", blocks=len(plan.blocks), plan=str(plan))
     for site in prepared.channels:
@@ -226,16 +238,12 @@ def compress(
     model, tokenizer = _load(model_or_path, tokenizer)
     sequences = _sequences(data, tokenizer, recipe, model)
     device, report = device or choose_device(), report or Silent()
-    report.event(
-        "run",
-        command=command,
-        model=str(model_or_path) if isinstance(model_or_path, str | Path) else type(model).__name__,
-        recipe=resolved,
-        sequences=list(sequences.shape),
-        device=describe_device(device),
-        versions=versions(),
-    )
-    result = train(model, sequences, recipe, device, report)
+    facts = {
+        "command": command,
+        "model": str(model_or_path) if isinstance(model_or_path, str | Path) else type(model).__name__,
+        "recipe": resolved,
+    }
+    result = train(model, sequences, recipe, device, report, facts=facts)
     start = time.perf_counter()
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
