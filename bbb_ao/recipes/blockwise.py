@@ -82,7 +82,7 @@ def stream_widths(stage: Stage, higher: Stage | None, recipe: Recipe) -> list[tu
     own: list[tuple[int | None, int | None]] = [(width, stage.act_bits) for width in stage.widths]
     if recipe.input_stream == "quantized":
         return own
-    first = (None, None) if higher is None else (higher.widths[-1], higher.act_bits)
+    first = (None, None) if higher is None else (higher.narrowest, higher.act_bits)
     return [first, *own[:-1]]
 
 
@@ -118,7 +118,7 @@ def train_block_stage(
         load, loss_of = _block_loss(
             run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs, chosen
         )
-        with codes_kept(student, stage):
+        with codes_kept(student, stage, higher, teacher):
             result = fit(student.eval(), stage, run.recipe, len(chosen), loss_of, seed + number, name, on_step, load)
         fits.append(result)
         if number + 1 < len(run.names):
