@@ -136,15 +136,10 @@ def _train(
     student = copy.deepcopy(model).float().cpu()
     prepared = prepare_student(student, recipe, run)
     # Not before: a run that is refused leaves no log.
-    shape = [len(sequences) - recipe.generated, sequences.shape[1]]
-    report.event("run", **facts, sequences=shape, device=describe_device(device), versions=versions())
-    for plan in prepared.plans:
-        report.event("plan", blocks=len(plan.blocks), plan=str(plan))
-    for site in prepared.channels:
-        report.event("channels", **asdict(site))
+    _tell(report, facts, [len(sequences) - recipe.generated, sequences.shape[1]], device, prepared)
     set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
     report.event("layers", when="before", errors=layer_errors(run, student))
-    report.event("prepared", phase_seconds=round(time.perf_counter() - start, 3), **peak_memory(device))
+    report.event("prepared", **_cost(start, device))
     result = Result(student, prepared)
     higher = None
     for number, stage in enumerate(recipe.stages):
@@ -160,14 +155,28 @@ def _train(
             fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step, higher)
             report.block(0, stage.name, fit)
             result.fits.append([fit])
-        report.event(
-            "stage_done", stage=number, phase_seconds=round(time.perf_counter() - stage_start, 3), **peak_memory(device)
-        )
+        report.event("stage_done", stage=number, **_cost(stage_start, device))
         higher = stage
     set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
     report.event("layers", when="after", errors=layer_errors(run, student))
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _tell(
+    report: Reporter, facts: Mapping[str, Any], shape: list[int], device: torch.device, prepared: Prepared
+) -> None:
+    """Begin the log: what the run depends on, and what preparation found."""
+    report.event("run", **facts, sequences=shape, device=describe_device(device), versions=versions())
+    for plan in prepared.plans:
+        report.event("plan", blocks=len(plan.blocks), plan=str(plan))
+    for site in prepared.channels:
+        report.event("channels", **asdict(site))
+
+
+def _cost(start: float, device: torch.device) -> dict[str, Any]:
+    """What the phase since `start` took, for the log."""
+    return {"phase_seconds": round(time.perf_counter() - start, 3), **peak_memory(device)}
 
 
 @contextmanager
@@ -248,12 +257,7 @@ def compress(
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
     save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
-    report.event(
-        "saved",
-        bits_per_weight=result.bits_per_weight,
-        phase_seconds=round(time.perf_counter() - start, 3),
-        **peak_memory(device),
-    )
+    report.event("saved", bits_per_weight=result.bits_per_weight, **_cost(start, device))
     return result
 
 

@@ -192,10 +192,9 @@ def _take(run: Run, fields: Fields) -> None:
     """Take one line of the log into the run; events that a report does not show are passed over."""
     event = fields.text("event")
     if event == "run":
-        run.command, run.model = fields.optional_text("command"), fields.text("model")
-        run.recipe, run.device = fields.text("recipe"), fields.text("device")
+        run.command, run.model, run.recipe = map(fields.optional_text, ("command", "model", "recipe"))
         count, tokens = fields.integers("sequences", 2)
-        run.sequences, run.versions = (count, tokens), fields.texts("versions")
+        run.sequences, run.device, run.versions = (count, tokens), fields.text("device"), fields.texts("versions")
     elif event == "channels":
         ranks, before, after = map(fields.numbers, ("ranks", "before", "after"))
         if not ranks or not len(ranks) == len(before) == len(after):

@@ -74,7 +74,8 @@ def test_what_json_has_no_number_for_is_read(write_run) -> None:
 @pytest.mark.parametrize(
     ("event", "key", "value"),
     [
-        ("run", "recipe", None),
+        ("run", "recipe", 1),
+        ("run", "device", None),
         ("run", "sequences", [1, 2, 3]),
         ("run", "versions", {"torch": 2}),
         ("channels", "layers", []),
