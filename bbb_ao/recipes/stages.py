@@ -231,6 +231,8 @@ class Recipe:
             at the "next_higher" width of the schedule.
         target_stream: what the full-precision block of the loss is fed with: the "full_precision" prefix's output, or
             the "student"'s inputs.
+        lookahead: full-precision blocks behind the one in training that its output runs through; what leaves each of
+            them counts in the loss as well.
         gradient_clip: largest L2 norm of a step's gradient; None does not clip.
         warmup: share of a stage's steps with a linearly rising learning rate, 0 to 1; cosine decay follows.
         micro_batch: sequences in one forward pass (gradients are accumulated up to batch_size); None takes batch_size.
@@ -260,6 +262,7 @@ class Recipe:
     head_bits: int | None = None
     input_stream: Literal["quantized", "next_higher"] = "quantized"
     target_stream: Literal["full_precision", "student"] = "full_precision"
+    lookahead: int = 0
     gradient_clip: float | None = 1.0
     warmup: float = 0.05
     micro_batch: int | None = None
@@ -280,6 +283,7 @@ class Recipe:
         _expect_number(self, "copies_lr_factor", 0, 10, above=True)
         _expect_number(self, "average", 0, 1)
         _expect_count(self, "generated", 0)
+        _expect_count(self, "lookahead", 0)
         for position, stage in enumerate(self.stages):
             valid = stage.text == "calibration" or self.generated > 0
             fix = "set generated to a number of sequences"
