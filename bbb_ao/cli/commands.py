@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,10 @@ DataOption = Annotated[
 ]
 WindowOption = Annotated[int | None, typer.Option(min=2, help="Tokens in a window [1024, or the model's context].")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")]
+BaselineOption = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Also this full-precision model, and it rounded to nearest by DIR's recipe."),
+]
 DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda [cuda where there is one].")]
 
 
@@ -118,12 +122,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Evaluate the first so many windows, and documents of a task.")
     ] = None,
     device: DeviceOption = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Also this full-precision model, and it rounded to nearest by DIR's recipe."
-        ),
-    ] = None,
+    baseline: BaselineOption = None,
 ) -> None:
     """Perplexity on DATA (windows that do not overlap, mean cross-entropy in float32), and tasks of lm-eval.
 
@@ -145,39 +144,43 @@ def evaluate(
     from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 
     place, tokenizer = choose_device(device), load_tokenizer(directory)
-    windows = None
-    if data:
-        from bbb_ao.recipes.data import evaluation_windows
-
-        windows = evaluation_windows(tokenizer, data, tokens, limit, config.get("vocab_size"))
     from bbb_ao.packed_linear import set_bits
-    from bbb_ao.recipes.evaluations import baseline_rows, check_store, perplexity_row, store_row
+    from bbb_ao.recipes.data import evaluation_windows
+    from bbb_ao.recipes.evaluations import Text, baseline_rows, perplexity_row
     from bbb_ao.recipes.harness import evaluate_tasks
+
+    text, show = None, _row_printer(directory, packed, as_json)
+    if data:
+        windows = evaluation_windows(tokenizer, data, tokens, limit, config.get("vocab_size"))
+        name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data)
+        text = Text(windows, name, batch, place)
+    model = load_model(directory, "float32").to(place)
+    for width in widths:
+        if bits and isinstance(width, int):
+            set_bits(model, width)
+        if text is not None:
+            show(perplexity_row(model, "checkpoint" if packed else "full_precision", width, text))
+        for row in evaluate_tasks(model, tokenizer, tasks, task_dir, batch, limit, place) if tasks else ():
+            show({"bits": width, **row})
+    del model
+    for row in baseline_rows(baseline, recipe, widths, text) if baseline and recipe and text else ():
+        show(row)
+
+
+def _row_printer(directory: str, packed: bool, as_json: bool) -> Callable[[dict[str, Any]], None]:
+    """What prints a row, and appends it to what is known of a bbb_ao checkpoint."""
+    from bbb_ao.recipes.evaluations import check_store, store_row
 
     kept = packed and check_store(directory)
     if packed and not kept:
         typer.echo(f"{directory}: not writable: the results are shown, and not kept for the report", err=True)
-    model = load_model(directory, "float32").to(place)
 
     def show(row: dict[str, Any]) -> None:
         if kept:
             store_row(directory, row)
         typer.echo(json.dumps(row) if as_json else _sentence(row))
 
-    name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data or ())
-    for width in widths:
-        if bits and isinstance(width, int):
-            set_bits(model, width)
-        if windows is not None:
-            show(
-                perplexity_row(model, "checkpoint" if packed else "full_precision", width, windows, name, batch, place)
-            )
-        for row in evaluate_tasks(model, tokenizer, tasks, task_dir, batch, limit, place) if tasks else ():
-            show({"bits": width, **row})
-    if windows is not None and baseline is not None and recipe is not None:
-        del model
-        for row in baseline_rows(baseline, recipe, widths, windows, name, batch, place):
-            show(row)
+    return show
 
 
 def _baseline_recipe(directory: str, packed: bool, data: list[str] | None, baseline: str) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,29 @@ EVALUATIONS = "evaluations.jsonl"
 BACKEND = "bbb_ao"
 
 
-def perplexity_row(
-    model: Any, of: str, bits: int | str | None, windows: Tensor, data: str, batch: int, device: torch.device
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Text:
+    """What perplexities are measured on, and how.
+
+    Attributes:
+        windows: int64 [windows, window].
+        data: names the text.
+        batch: windows in a forward pass.
+        device: where the model is.
+    """
+
+    windows: Tensor
+    data: str
+    batch: int
+    device: torch.device
+
+
+def perplexity_row(model: Any, of: str, bits: int | str | None, text: Text) -> dict[str, Any]:
     """The perplexity of a model at its present widths, as a flat row.
 
     Args:
         of: "checkpoint", "full_precision" or "round_to_nearest".
         bits: that width, "mixed", or None for full precision.
-        windows: int64 [windows, window].
-        data: names the text.
-        batch: windows in a forward pass.
     Returns:
         of, bits, bits_per_weight (everything that is read counted; None for full precision), ppl (4 decimals), tokens
         (predicted), windows, window (tokens in each), data, backend, batch, device and versions.
@@ -46,26 +59,20 @@ def perplexity_row(
         "of": of,
         "bits": bits,
         "bits_per_weight": None if read is None else round(read, 4),
-        "ppl": round(perplexity(model, windows, batch, device), 4),
-        "tokens": windows[:, 1:].numel(),
-        "windows": len(windows),
-        "window": windows.shape[1],
-        "data": data,
+        "ppl": round(perplexity(model, text.windows, text.batch, text.device), 4),
+        "tokens": text.windows[:, 1:].numel(),
+        "windows": len(text.windows),
+        "window": text.windows.shape[1],
+        "data": text.data,
         "backend": BACKEND,
-        "batch": batch,
-        "device": describe_device(device),
+        "batch": text.batch,
+        "device": describe_device(text.device),
         "versions": versions(),
     }
 
 
 def baseline_rows(
-    source: str | Path,
-    recipe: Recipe,
-    widths: Sequence[int | str | None],
-    windows: Tensor,
-    data: str,
-    batch: int,
-    device: torch.device,
+    source: str | Path, recipe: Recipe, widths: Sequence[int | str | None], text: Text
 ) -> Iterator[dict[str, Any]]:
     """Rows of the full-precision model in the directory `source`, and of its round to nearest on the recipe's grid.
 
@@ -74,11 +81,11 @@ def baseline_rows(
     """
     model = load_model(source)
     # Before it is moved or widened: packing reads the types of its tensors.
-    rounded = pack(round_to_nearest(model, recipe), model, recipe).float().to(device)
-    yield perplexity_row(model.float().to(device), "full_precision", None, windows, data, batch, device)
+    rounded = pack(round_to_nearest(model, recipe), model, recipe).float().to(text.device)
+    yield perplexity_row(model.float().to(text.device), "full_precision", None, text)
     numbers = [width if isinstance(width, int) else recipe.default_bits for width in widths]
     for width in dict.fromkeys(numbers):
-        yield perplexity_row(set_bits(rounded, width), "round_to_nearest", width, windows, data, batch, device)
+        yield perplexity_row(set_bits(rounded, width), "round_to_nearest", width, text)
 
 
 def check_store(directory: str | Path) -> bool:

@@ -10,7 +10,7 @@ from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.packed_linear import set_bits
 from bbb_ao.recipes.compress import pack, train
 from bbb_ao.recipes.evaluate import perplexity
-from bbb_ao.recipes.evaluations import baseline_rows, check_store, perplexity_row, store_row
+from bbb_ao.recipes.evaluations import Text, baseline_rows, check_store, perplexity_row, store_row
 from bbb_ao.recipes.prepare import round_to_nearest
 from bbb_ao.recipes.stages import Stage
 from bbb_ao.storage import footprint
@@ -22,20 +22,20 @@ def test_a_row_says_what_was_measured(make_model, make_recipe, ids):
     recipe = make_recipe(stages=(Stage(weight_bits=(8, 2), epochs=0),), default_bits=2)
     source = make_model("llama")
     packed = pack(train(source, ids, recipe, CPU).model, source, recipe)
-    row = perplexity_row(set_bits(packed, 2), "checkpoint", 2, ids, "text", 3, CPU)
+    row = perplexity_row(set_bits(packed, 2), "checkpoint", 2, Text(ids, "text", 3, CPU))
     assert row["ppl"] == pytest.approx(perplexity(packed, ids, 3), rel=1e-4)
     assert row["bits_per_weight"] == pytest.approx(footprint(packed, 2).bits_per_weight, abs=1e-4)
     assert (row["windows"], row["window"], row["tokens"], row["batch"], row["backend"]) == (8, 32, 248, 3, "bbb_ao")
     assert row["versions"]["torch"] == torch.__version__
     json.dumps(row, allow_nan=False)
-    assert perplexity_row(source, "full_precision", None, ids, "text", 3, CPU)["bits_per_weight"] is None
+    assert perplexity_row(source, "full_precision", None, Text(ids, "text", 3, CPU))["bits_per_weight"] is None
 
 
 def test_baselines_are_the_model_and_its_round_to_nearest(make_model, make_recipe, ids, tmp_path):
     recipe = make_recipe(stages=(Stage(weight_bits=(8, 2), epochs=0),), default_bits=2)
     model = make_model("llama")
     model.save_pretrained(tmp_path)
-    rows = list(baseline_rows(tmp_path, recipe, [8, 2, "mixed"], ids, "text", 4, CPU))
+    rows = list(baseline_rows(tmp_path, recipe, [8, 2, "mixed"], Text(ids, "text", 4, CPU)))
     assert [(row["of"], row["bits"]) for row in rows] == [
         ("full_precision", None),
         ("round_to_nearest", 8),
