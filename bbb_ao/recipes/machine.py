@@ -29,7 +29,8 @@ def describe_device(device: torch.device) -> str:
     """The GPU's name, or the processor's architecture and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:

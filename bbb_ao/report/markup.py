@@ -1,5 +1,6 @@
 """Elements of the page. Text from elsewhere passes through `plain`, here and nowhere else."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -47,8 +48,13 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], fol
 
 
 def shell(command: str) -> str:
-    """A command, with a line for each option; the shell joins them again."""
-    return tag("pre", tag("code", plain(command.replace(" --", " \\\n  --"))), tabindex="0")
+    """A command, with a line for each option; the shell joins them again. What is no command line stays as it is."""
+    try:
+        words = map(shlex.quote, shlex.split(command))
+    except ValueError:
+        return tag("pre", tag("code", plain(command)), tabindex="0")
+    lines = "".join(f" \\\n  {word}" if word.startswith("--") else f" {word}" for word in words)
+    return tag("pre", tag("code", plain(lines.lstrip())), tabindex="0")
 
 
 def missing(text: str, command: str = "") -> str:

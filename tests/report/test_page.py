@@ -1,6 +1,7 @@
 """The page is whole, harmless and readable: text from elsewhere is only text, and charts have words and tables."""
 
 import re
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from written_runs import Lines, evaluation_lines, log_lines
 
+from bbb_ao.report.markup import shell
 from bbb_ao.report.page import page
 from bbb_ao.report.records import read_run
 
@@ -149,6 +151,14 @@ def test_what_is_missing_is_named_with_the_command_that_adds_it(write_run) -> No
     alone = make(write_run, None, None, "third")
     assert re.search(r"bbb-ao report \S+/third \\\n  --log FILE", alone)
     assert "sequences: 16" in alone
+
+
+def test_a_command_keeps_its_words() -> None:
+    words = ["bbb-ao", "train", "a --b", "--data", "it's", "--set", "x=[1, 2]"]
+    shown = "".join(Outline(shell(shlex.join(words))).text)
+    assert len(shown.splitlines()) == 3
+    assert shlex.split(shown.replace("\\\n", "")) == words
+    assert "it&#x27;s broken" in shell("it's broken")
 
 
 def test_a_run_without_splitting_says_so(write_run) -> None:
