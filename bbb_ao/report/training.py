@@ -15,7 +15,7 @@ GIB = 2**30
 def no_log(run: Run) -> str:
     """What stands where the log would have told."""
     if run.log is not None:
-        return missing("The run did not get that far, or an older version wrote its log.")
+        return missing("The log does not have it: the run did not get that far.")
     text = f"It is in the run's log, which is not at {run.directory}.log.jsonl. With the log:"
     return missing(text, f"bbb-ao report {shlex.quote(str(run.directory))} --log FILE")
 
