@@ -3,6 +3,7 @@
 Where there is no GPU, Triton kernels run in Triton's interpreter; it has to be chosen before Triton is imported.
 """
 
+import contextlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +23,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Before transformers, which takes benchmarks/kernels.py for the package of that name: it would set up a package without
+# its front. Machines for the kernels alone have neither torchao nor transformers.
+with contextlib.suppress(ImportError):
+    import bbb_ao  # noqa: F401
 
 REFUSAL_SECONDS = 10
 

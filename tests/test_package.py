@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bbb_ao"
 # What is not Python.
-DATA = ("py.typed", "recipes/library/*.yaml", "demo/model/*", "kernels/packed_linear/tuned/*.json")
+DATA = ("py.typed", "recipes/library/*.yaml", "demo/model/*", "kernels/packed_linear/tuned/*.json", "report/page.css")
 
 
 def run(command: list[object], folder: Path, **variables: str) -> str:

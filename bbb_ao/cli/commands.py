@@ -1,13 +1,15 @@
 """The commands. torch, transformers and datasets are imported inside them, after what can be refused without."""
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bbb_ao.cli.doctor import doctor
+from bbb_ao.cli.report import report
 from bbb_ao.cli.spread import SpreadCommand
 from bbb_ao.cli.verify import verify
 from bbb_ao.errors import ModelError, RecipeError
@@ -28,6 +30,10 @@ DataOption = Annotated[
 ]
 WindowOption = Annotated[int | None, typer.Option(min=2, help="Tokens in a window [1024, or the model's context].")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")]
+BaselineOption = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Also this full-precision model, and it rounded to nearest by DIR's recipe."),
+]
 DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or cuda [cuda where there is one].")]
 
 
@@ -83,12 +89,24 @@ def train(
     from bbb_ao.recipes.progress import Progress
 
     place = choose_device(device)
+    command = _train_command(model, data, recipe, output, overrides or [], device, log)
     with Progress(len(settings.stages), record) as progress:
-        result = compress(directory, settings, data, output, device=place, report=progress)
+        result = compress(directory, settings, data, output, device=place, report=progress, command=command)
     for plan in result.prepared.plans:
         for name, reason in plan.unsupported:
             typer.echo(f"left as it is in {plan.kind}: {name}: {reason}")
     typer.echo(f"{output}: {result.bits_per_weight:.3f} bits per weight, {result.seconds:.0f} s, log in {record}")
+
+
+def _train_command(
+    model: str, data: list[str], recipe: str, output: str, overrides: list[str], device: str | None, log: str | None
+) -> str:
+    """The command line of a run, for its log."""
+    words = ["bbb-ao", "train", model, "--data", *data, "--recipe", recipe, "--output", output]
+    for option, values in (("--set", overrides), ("--device", [device]), ("--log", [log])):
+        given = [value for value in values if value is not None]
+        words += [option, *given] if given else []
+    return shlex.join(words)
 
 
 @app.command("eval", cls=SpreadCommand)
@@ -109,14 +127,20 @@ def evaluate(
         int | None, typer.Option(min=1, help="Evaluate the first so many windows, and documents of a task.")
     ] = None,
     device: DeviceOption = None,
+    baseline: BaselineOption = None,
 ) -> None:
-    """Perplexity on DATA (windows that do not overlap, mean cross-entropy in float32), and tasks of lm-eval."""
+    """Perplexity on DATA (windows that do not overlap, mean cross-entropy in float32), and tasks of lm-eval.
+
+    What is found of a bbb_ao checkpoint is also appended to DIR/evaluations.jsonl, for the report.
+    """
     from bbb_ao.modeldir import check_model_directory
 
     if not data and not tasks:
         raise RecipeError("--data: expected text, or --tasks, got neither; fix: give one of them")
     config = check_model_directory(directory, allow_bitbybit=True)
+    packed = "quantization_config" in config
     widths = _widths(directory, config, bits)
+    recipe = None if baseline is None else _baseline_recipe(directory, packed, data, baseline)
     tokens = _window(directory, config, window)
     if tasks:
         from bbb_ao.recipes.harness import check_harness
@@ -125,31 +149,55 @@ def evaluate(
     from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 
     place, tokenizer = choose_device(device), load_tokenizer(directory)
-    windows = None
-    if data:
-        from bbb_ao.recipes.data import evaluation_windows
-
-        windows = evaluation_windows(tokenizer, data, tokens, limit, config.get("vocab_size"))
-    model = load_model(directory, "float32").to(place)
     from bbb_ao.packed_linear import set_bits
-    from bbb_ao.recipes.evaluate import perplexity
+    from bbb_ao.recipes.data import evaluation_windows
+    from bbb_ao.recipes.evaluations import Text, baseline_rows, perplexity_row
+    from bbb_ao.recipes.harness import evaluate_tasks
 
-    name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data or ())
+    text, show = None, _row_printer(directory, packed, as_json)
+    if data:
+        windows = evaluation_windows(tokenizer, data, tokens, limit, config.get("vocab_size"))
+        name = ", ".join(item.rstrip("/").rsplit("/", 1)[-1] for item in data)
+        text = Text(windows, name, batch, place)
+    model = load_model(directory, "float32").to(place)
     for width in widths:
         if bits and isinstance(width, int):
             set_bits(model, width)
-        rows: list[dict[str, Any]] = []
-        if windows is not None:
-            value = perplexity(model, windows, batch, place)
-            facts = {"tokens": windows[:, 1:].numel(), "windows": len(windows), "data": name}
-            rows.append({"ppl": round(value, 4), **facts})
-        if tasks:
-            from bbb_ao.recipes.harness import evaluate_tasks
+        if text is not None:
+            show(perplexity_row(model, "checkpoint" if packed else "full_precision", width, text))
+        for row in evaluate_tasks(model, tokenizer, tasks, task_dir, batch, limit, place) if tasks else ():
+            show({"bits": width, **row})
+    del model
+    for row in baseline_rows(baseline, recipe, widths, text) if baseline and recipe and text else ():
+        show(row)
 
-            rows += evaluate_tasks(model, tokenizer, tasks, task_dir, batch, limit, place)
-        for row in rows:
-            row = {"bits": width, **row}
-            typer.echo(json.dumps(row) if as_json else _sentence(row))
+
+def _row_printer(directory: str, packed: bool, as_json: bool) -> Callable[[dict[str, Any]], None]:
+    """What prints a row, and appends it to what is known of a bbb_ao checkpoint."""
+    from bbb_ao.recipes.evaluations import check_store, store_row
+
+    kept = packed and check_store(directory)
+    if packed and not kept:
+        typer.echo(f"{directory}: not writable: the results are shown, and not kept for the report", err=True)
+
+    def show(row: dict[str, Any]) -> None:
+        if kept:
+            store_row(directory, row)
+        typer.echo(json.dumps(row) if as_json else _sentence(row))
+
+    return show
+
+
+def _baseline_recipe(directory: str, packed: bool, data: list[str] | None, baseline: str) -> Any:
+    """The recipe of a checkpoint, for rounding the model `baseline` on its grid; refuses what has no baseline."""
+    from bbb_ao.modeldir import check_model_directory
+    from bbb_ao.recipes.loader import load_recipe
+
+    if not packed or not data:
+        got = "no --data" if packed else "a plain model"
+        raise RecipeError(f"--baseline: expected a bbb_ao checkpoint and --data, got {got}; fix: leave it out")
+    check_model_directory(baseline)
+    return load_recipe(Path(directory) / "recipe.yaml")
 
 
 @app.command(cls=SpreadCommand)
@@ -236,6 +284,7 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
 
 app.command()(verify)
 app.command()(doctor)
+app.command()(report)
 
 
 @app.command()
@@ -289,7 +338,8 @@ def _sentence(row: dict[str, Any]) -> str:
     if "task" in row:
         error = "" if row["stderr"] is None else f" +- {row['stderr']:.4f}"
         return f"{width}: {row['task']} {row['metric']} {row['value']:.4f}{error} ({row['samples']} samples)"
-    return f"{width}: perplexity {row['ppl']:.4f} ({row['windows']} windows, {row['tokens']} tokens, {row['data']})"
+    of = "round to nearest, " if row["of"] == "round_to_nearest" else ""
+    return f"{of}{width}: perplexity {row['ppl']:.4f} ({row['windows']} windows, {row['tokens']} tokens, {row['data']})"
 
 
 def _print_table(rows: Sequence[Sequence[Any]]) -> None:

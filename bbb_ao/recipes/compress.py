@@ -2,9 +2,9 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +22,11 @@ from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.distill import train_model_stage
 from bbb_ao.recipes.generation import generate_sequences
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
+from bbb_ao.recipes.machine import describe_device, peak_memory, versions
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
 from bbb_ao.recipes.stages import Recipe
+from bbb_ao.recipes.statistics import layer_errors
 from bbb_ao.storage import footprint
 
 
@@ -83,6 +85,7 @@ def train(
     device: torch.device | None = None,
     report: Reporter | None = None,
     generated: Tensor | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Result:
     """Run a recipe's stages on a model.
 
@@ -92,6 +95,7 @@ def train(
         device: where blocks are trained; None takes `choose_device()`.
         generated: text of the model's own for stages that ask for it, int64 [recipe.generated, tokens], as from
             `generate_sequences`; None lets the model write it now.
+        facts: further values of the log's first event, "run".
     Returns:
         the trained student on the CPU, float32 masters, at the last stage's widths.
     Raises:
@@ -113,10 +117,17 @@ def train(
                     "fix: generate as many sequences, of the same length"
                 )
             sequences = torch.cat([sequences, generated])
-        return _train(model, sequences, recipe, device, report or Silent())
+        return _train(model, sequences, recipe, device, report or Silent(), facts or {})
 
 
-def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Result:
+def _train(
+    model: nn.Module,
+    sequences: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    report: Reporter,
+    facts: Mapping[str, Any],
+) -> Result:
     """`train` on [calibration and generated sequences, tokens]."""
     start = time.perf_counter()
     torch.manual_seed(recipe.seed)
@@ -125,11 +136,15 @@ def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.de
     run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own)
     student = copy.deepcopy(model).float().cpu()
     prepared = prepare_student(student, recipe, run)
-    for plan in prepared.plans:
-        report.event("plan", blocks=len(plan.blocks), plan=str(plan))
+    # Not before: a run that is refused leaves no log.
+    _tell(report, facts, [len(sequences) - recipe.generated, sequences.shape[1]], device, prepared)
+    set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
+    report.event("layers", when="before", errors=layer_errors(run, student))
+    report.event("prepared", **_cost(start, device))
     result = Result(student, prepared)
     higher = None
     for number, stage in enumerate(recipe.stages):
+        stage_start = time.perf_counter()
         seed = recipe.seed + 10_000 * (number + 1)
         if stage.epochs == 0:
             result.fits.append([])
@@ -141,10 +156,28 @@ def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.de
             fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step, higher)
             report.block(0, stage.name, fit)
             result.fits.append([fit])
+        report.event("stage_done", stage=number, **_cost(stage_start, device))
         higher = stage
     set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
+    report.event("layers", when="after", errors=layer_errors(run, student))
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _tell(
+    report: Reporter, facts: Mapping[str, Any], shape: list[int], device: torch.device, prepared: Prepared
+) -> None:
+    """Begin the log: what the run depends on, and what preparation found."""
+    report.event("run", **facts, sequences=shape, device=describe_device(device), versions=versions())
+    for plan in prepared.plans:
+        report.event("plan", blocks=len(plan.blocks), plan=str(plan))
+    for site in prepared.channels:
+        report.event("channels", **asdict(site))
+
+
+def _cost(start: float, device: torch.device) -> dict[str, Any]:
+    """What the phase since `start` took, for the log."""
+    return {"phase_seconds": round(time.perf_counter() - start, 3), **peak_memory(device)}
 
 
 @contextmanager
@@ -187,6 +220,7 @@ def compress(
     tokenizer: Any = None,
     device: torch.device | None = None,
     report: Reporter | None = None,
+    command: str | None = None,
 ) -> Result:
     """Quantize a model by a recipe and save the packed result.
 
@@ -196,6 +230,7 @@ def compress(
         data: files or folders (see `data.load_documents`), or calibration ids, int64 [sequences, tokens].
         output_dir: written at the end, whole or not at all; must be empty or absent, and not the model's directory.
         tokenizer: needed with a model object and data that is text; saved beside the weights.
+        command: how the run was started, for its log.
     Returns:
         the packed model with its figures.
     Raises:
@@ -217,10 +252,19 @@ def compress(
     model, tokenizer = _load(model_or_path, tokenizer)
     if isinstance(model_or_path, str | Path):
         check_space(output_dir, Path(model_or_path), max(recipe.stages[-1].widths))
-    result = train(model, _sequences(data, tokenizer, recipe, model), recipe, device, report)
+    sequences = _sequences(data, tokenizer, recipe, model)
+    device, report = device or choose_device(), report or Silent()
+    facts = {
+        "command": command,
+        "model": str(model_or_path) if isinstance(model_or_path, str | Path) else type(model).__name__,
+        "recipe": resolved,
+    }
+    result = train(model, sequences, recipe, device, report, facts=facts)
+    start = time.perf_counter()
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
     save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
+    report.event("saved", bits_per_weight=result.bits_per_weight, **_cost(start, device))
     return result
 
 

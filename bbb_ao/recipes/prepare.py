@@ -24,6 +24,7 @@ from bbb_ao.passes import (
 from bbb_ao.qat_linear import QATLinear, qat_linears, set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun
 from bbb_ao.recipes.stages import Recipe
+from bbb_ao.recipes.statistics import SiteChannels, site_channels, site_metrics
 from bbb_ao.recipes.streams import working_copy
 from bbb_ao.splitting import split_ratio
 
@@ -35,10 +36,12 @@ class Prepared:
     Attributes:
         plans: one for each kind of block.
         layers: full names of the quantized Linears; one that the plan names as unsupported is not among them.
+        channels: of every site of every block, in order.
     """
 
     plans: tuple[RewritePlan, ...]
     layers: tuple[str, ...]
+    channels: tuple[SiteChannels, ...]
 
 
 def recipe_grid(recipe: Recipe) -> Grid:
@@ -74,6 +77,7 @@ def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) ->
     joint = split is not None and split.metric == "joint" and max(split.ratio_min, split.ratio_max) > 0
     if run is not None and (joint or (recipe.clip is not None and recipe.clip.metric == "activation")):
         norms = activation_norms(run, by_block)
+    channels: list[SiteChannels] = []
     for number, (name, block) in enumerate(blocks):
         chosen = {linear for linear in block_linears(block) if f"{name}.{linear}" in selected}
         plan = restrict_plan(by_block[name], chosen, producer_rows=split is None or split.producer_rows)
@@ -81,10 +85,14 @@ def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) ->
         known = norms.get(name)
         ranks = known if split is not None and split.metric == "joint" else None
         indices = choose_indices(block, plan, ratio, ranks, grid.group_size)
+        before = site_metrics(block, plan, ranks)
         apply_plan(block, plan, indices, partial(_build, recipe=recipe, grid=grid))
+        after = site_metrics(block, plan, ranks, indices)
+        metric = "weight" if ranks is None else "joint"
+        channels += site_channels(number, name, plan, metric, before, after, indices)
         for linear in chosen & {consumer for site in plan.sites for consumer in site.consumers}:
             _initialize(block.get_submodule(linear), recipe, None if known is None else known[linear], run)
-    return Prepared(plans, tuple(qat_linears(student)))
+    return Prepared(plans, tuple(qat_linears(student)), tuple(channels))
 
 
 def round_to_nearest(model: nn.Module, recipe: Recipe) -> nn.Module:

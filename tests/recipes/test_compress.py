@@ -219,7 +219,10 @@ def test_one_seed_gives_one_checkpoint_and_progress_is_told(make_model, make_rec
     assert files[0] == files[1]
     assert files[0] != files[2]
     blocks = ["model.layers.0", "model.layers.1"]
-    assert told[:7] == ["plan", (0, "w8a16", 2), *blocks, (1, "w8+4+2a16", 2), *blocks]
+    stages = [[(n, name, 2), *blocks, "stage_done"] for n, name in enumerate(("w8a16", "w8+4+2a16"))]
+    channels = ["channels"] * 8
+    expected = ["run", "plan", *channels, "layers", "prepared", *stages[0], *stages[1], "layers", "saved"]
+    assert told[: len(expected)] == expected
 
 
 def listing(folder: Path):
