@@ -82,24 +82,11 @@ def _decode_half(
 
 
 @gluon.jit
-def _produce(
-    x_desc,
-    high_desc,
-    mid_desc,
-    low_desc,
-    xs,
-    ws,
-    ready,
-    free,
-    n0,
-    m0,
-    first,
-    last,
-    R: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
+def _produce(x_desc, planes, buffers, extent, R: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr):
     """One warp: copy block after block into stages that every group of warps has freed."""
+    high_desc, mid_desc, low_desc = planes
+    xs, ws, ready, free = buffers
+    n0, m0, first, last = extent
     bytes: gl.constexpr = 2 * x_desc.block_type.nbytes + GROUPS * (R // 2) * high_desc.block_type.nbytes
     for i in range(last - first):
         stage = i % STAGES
@@ -138,23 +125,9 @@ def _read_words(ws, place, R: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    x_desc,
-    scale_ptr,
-    exponent_ptr,
-    zero_ptr,
-    bias_ptr,
-    y_ptr,
-    xs,
-    ws,
-    ready,
-    free,
-    n0,
-    m0,
-    first,
-    last,
-    M,
-    N,
-    NB,
+    operands,
+    buffers,
+    extent,
     GROUP: gl.constexpr,
     R: gl.constexpr,
     MASK: gl.constexpr,
@@ -168,6 +141,9 @@ def _consume(
     SPLIT: gl.constexpr,
 ):
     """Four warps: 64 rows of the weight, BM rows of x. Groups drift apart: one decodes while another multiplies."""
+    x_desc, scale_ptr, exponent_ptr, zero_ptr, bias_ptr, y_ptr, M, N, NB = operands
+    xs, ws, ready, free = buffers
+    n0, m0, first, last = extent
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     n0 += 64 * GROUP
@@ -232,80 +208,15 @@ def matmul_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
-    zero: gl.constexpr = 0
-    one: gl.constexpr = 1
+    operands = (x_desc, scale_ptr, exponent_ptr, zero_ptr, bias_ptr, y_ptr, M, N, NB)
+    buffers = (xs, ws, ready, free)
+    extent = (n0, m0, first, last)
+    # Constants stand in each list: in a tuple that has a name they would become tensors.
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    x_desc,
-                    scale_ptr,
-                    exponent_ptr,
-                    zero_ptr,
-                    bias_ptr,
-                    y_ptr,
-                    xs,
-                    ws,
-                    ready,
-                    free,
-                    n0,
-                    m0,
-                    first,
-                    last,
-                    M,
-                    N,
-                    NB,
-                    zero,
-                    R,
-                    MASK,
-                    H,
-                    ZB,
-                    EXPONENTS,
-                    BIASED,
-                    BM,
-                    STAGES,
-                    GROUPS,
-                    SPLIT,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    x_desc,
-                    scale_ptr,
-                    exponent_ptr,
-                    zero_ptr,
-                    bias_ptr,
-                    y_ptr,
-                    xs,
-                    ws,
-                    ready,
-                    free,
-                    n0,
-                    m0,
-                    first,
-                    last,
-                    M,
-                    N,
-                    NB,
-                    one,
-                    R,
-                    MASK,
-                    H,
-                    ZB,
-                    EXPONENTS,
-                    BIASED,
-                    BM,
-                    STAGES,
-                    GROUPS,
-                    SPLIT,
-                ),
-            ),
-            (
-                _produce,
-                (x_desc, high_desc, mid_desc, low_desc, xs, ws, ready, free, n0, m0, first, last, R, STAGES, GROUPS),
-            ),
+            (_consume, (operands, buffers, extent, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, SPLIT)),
+            (_consume, (operands, buffers, extent, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, SPLIT)),
+            (_produce, (x_desc, (high_desc, mid_desc, low_desc), buffers, extent, R, STAGES, GROUPS)),
         ],
         [4, 1],
         [REGISTERS, 24],
