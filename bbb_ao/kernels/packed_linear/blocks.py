@@ -128,6 +128,20 @@ def gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.constex
 
 
 @gluon.jit
+def finished(y, exponent_ptr, bias_ptr, rows, N, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
+    """y * 2**(exponent + 2 - R) + bias in float32, for sums y of these rows of the weight."""
+    if EXPONENTS:
+        exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
+    else:
+        exponent = gl.load(exponent_ptr)
+    # 2**n as the bits of a float32.
+    y *= ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
+    if BIASED:
+        y += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+    return y
+
+
+@gluon.jit
 def store_tile(
     total,
     y_ptr,
@@ -149,12 +163,5 @@ def store_tile(
         y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
     for m in gl.static_range(M):
         rows = first + gl.arange(0, 16, layout=y[m].type.layout)
-        if EXPONENTS:
-            exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
-        else:
-            exponent = gl.load(exponent_ptr) + rows * 0
-        # 2**n as the bits of a float32.
-        value = y[m] * ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
-        if BIASED:
-            value += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+        value = finished(y[m], exponent_ptr, bias_ptr, rows, N, R, EXPONENTS, BIASED)
         gl.store(y_ptr + m * N + rows, value.to(y_ptr.dtype.element_ty), mask=rows < N)

@@ -12,8 +12,6 @@ rounded once to the type of x: what `dequantize_packed` rounds to it. Where the 
 (SPLITS > 1), a second kernel adds the parts up in a fixed order, so results do not change from run to run.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, load_scales
+from bbb_ao.kernels.packed_linear.blocks import assemble, finished, load_scales
 
 # Triton 3.9 renamed it.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -247,18 +245,12 @@ def _finish(
     m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, layout))[None, :]
     y = gl.convert_layout(acc, layout)
     if not SPLIT:
-        if EXPONENTS:
-            exponent = gl.load(exponent_ptr + n, mask=n < N, other=0)
-        else:
-            exponent = gl.load(exponent_ptr)
-        y *= ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
-        if BIASED:
-            y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+        y = finished(y, exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED)
     place = (gl.program_id(2) * M + m).to(gl.int64) * N + n
     gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
 
 
-@triton.jit
+@gluon.jit
 def add_splits_kernel(
     parts_ptr,
     exponent_ptr,
@@ -266,23 +258,18 @@ def add_splits_kernel(
     y_ptr,
     M,
     N,
-    R: tl.constexpr,
-    EXPONENTS: tl.constexpr,
-    BIASED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    R: gl.constexpr,
+    EXPONENTS: gl.constexpr,
+    BIASED: gl.constexpr,
+    SPLITS: gl.constexpr,
+    BLOCK: gl.constexpr,
 ):
     """y from the bare sums of `matmul_kernel`, added up in their order; one row of y and BLOCK columns."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m = tl.program_id(1).to(tl.int64)
-    y = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        y += tl.load(parts_ptr + (split * M + m) * N + n, mask=n < N, other=0.0)
-    if EXPONENTS:
-        exponent = tl.load(exponent_ptr + n, mask=n < N, other=0)
-    else:
-        exponent = tl.load(exponent_ptr)
-    y *= ((exponent + (127 + 2 - R)) << 23).to(tl.float32, bitcast=True)
-    if BIASED:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    n = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, layout=layout)
+    m = gl.program_id(1).to(gl.int64)
+    y = gl.zeros([BLOCK], gl.float32, layout=layout)
+    for split in gl.static_range(SPLITS):
+        y += gl.load(parts_ptr + (split * M + m) * N + n, mask=n < N, other=0.0)
+    y = finished(y, exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED)
+    gl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
