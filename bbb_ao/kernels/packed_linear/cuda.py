@@ -64,10 +64,22 @@ def packed_linear_cuda(
     """See `packed_linear`."""
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, scale.shape[-1] * group_size)
+    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
+    return multiply(x, planes, scales, index, bias, (bits, zero_point_bits, half_step, group_size))
+
+
+def multiply(
+    x: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    index: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+) -> Tensor:
+    """`packed_linear_cuda` on operands that were checked."""
+    high = planes[0]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
-    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
-    settings = (bits, zero_point_bits, half_step, group_size)
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
     if not rows.shape[0] or not high.shape[0] or not fits_kernels(x.dtype, planes, scales, settings, capability):
