@@ -1,4 +1,6 @@
-"""One row of dynamically quantized activations through a packed weight, in integers (compute capability 8.0 or higher).
+"""One row of dynamically quantized activations through a packed weight, in integers.
+
+It needs compute capability 8.9 (E4M3).
 
 With c the weight's codes, b the activation's, and sums over the columns k of group g that are no padding:
 
