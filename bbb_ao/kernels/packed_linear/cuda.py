@@ -23,11 +23,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bbb_ao.kernels.packed_linear.counts import zeroed_counts
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, dequantize_packed
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
-from bbb_ao.kernels.packed_linear.warpgroup import add_splits_kernel, matmul_kernel
+from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packed_row import expand_input
 from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
 
@@ -205,16 +206,15 @@ def decode_linear(
 
 
 def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
-    """Candidates (rows of x for each program, splits of the columns), the likeliest first."""
+    """Candidates (rows of x in a tile, programs or 0 for one of each tile), the likeliest first."""
     fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
     choices = []
-    for size in sorted(fitting, reverse=True)[:2] if rows > 64 else fitting[-1:]:
-        programs = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size)
-        # A program or two for each multiprocessor, and two blocks for each program at least.
-        wanted = min(PROGRAMS[size][0] * multiprocessors / programs, features // BLOCK / 2)
-        splits = [n for n in (1, 2, 3, 4, 6, 8) if wanted / 3 < n < 3 * wanted] or [1]
-        choices += [(size, n) for n in sorted(splits, key=lambda n: abs(n - wanted))]
-    return choices
+    for size in sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]:
+        blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size) * (features // BLOCK)
+        shared = [n * multiprocessors for n in range(PROGRAMS[size][0], 0, -1)]
+        # Two blocks for each program at least.
+        choices += [(size, min(n, max(1, blocks // 2))) for n in shared] + [(size, 0)]
+    return list(dict.fromkeys(choices))
 
 
 def pipeline_stages(size: int, container: int) -> int:
@@ -248,39 +248,40 @@ def warpgroup_linear(
     words = [TensorDescriptor.from_tensor(plane, [64, 16], word_layout) for plane in words]
 
     def run(choice: Settings) -> None:
-        size, splits = choice
+        size, programs = choice
         _, most, registers = PROGRAMS[size]
         layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
-        grid = (triton.cdiv(count, GROUP_ROWS), triton.cdiv(rows, size), splits)
-        parts = y if splits == 1 else columns.new_empty(splits, rows, count, dtype=torch.float32)
-        finish = {"R": codes["R"], "EXPONENTS": scales[1].dim() == 1, "BIASED": bias is not None}
-        matmul_kernel[grid](
+        tiles, blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size), features // BLOCK
+        share = triton.cdiv(tiles * blocks, programs or tiles)
+        programs = triton.cdiv(tiles * blocks, share)
+        split = share % blocks > 0
+        matmul_kernel[(programs,)](
             TensorDescriptor.from_tensor(columns, [size, BLOCK // 2], layout),
             *words,
             *pointers[3:],
             columns if bias is None else bias,
-            parts,
+            y,
+            columns.new_empty(programs * 2 * GROUP_ROWS * size, dtype=torch.float32) if split else y,
+            zeroed_counts(2 * tiles, device) if split else y,
             rows,
             count,
-            features // BLOCK,
-            splits,
-            **(codes | finish),
+            blocks,
+            share,
+            **codes,
+            EXPONENTS=scales[1].dim() == 1,
+            BIASED=bias is not None,
             BM=size,
             STAGES=pipeline_stages(size, int(codes["R"])),
-            SPLIT=splits > 1,
+            SPLIT=split,
             REGISTERS=registers,
             num_warps=4,
             maxnreg=most,
         )
-        if splits > 1:
-            places = (triton.cdiv(count, 1024), rows)
-            operands = (parts, scales[1], columns if bias is None else bias, y, rows, count)
-            add_splits_kernel[places](*operands, **finish, SPLITS=splits, BLOCK=1024)
 
     device = columns.get_device()
     candidates = warpgroup_settings(rows, count, features, _multiprocessors(device))
     bucket = next(size for size in (16, 32, 64, 128, 256, 512, WARPGROUP_ROWS) if size >= rows)
-    key = f"warpgroup {count}x{features} {codes['R']} bits, {bucket} rows"
+    key = f"matmul {count}x{features} {codes['R']} bits, {bucket} rows"
     with torch.cuda.device(columns.device):
         run(settings_for(key, candidates, run, device))
     return y
