@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-POOL = 2**18  # counters kept ready for captured launches
+POOL = 2**20  # counters kept ready for captured launches
 
 
 @cache
