@@ -55,7 +55,16 @@ def matmul(dtype: str, bits: int) -> str:
         "count_ptr": "*i32",
     }
     signature |= dict.fromkeys(("M", "N", "NB", "SHARE"), "i32")
-    constants = {**CODES, "R": bits, "MASK": 2**bits - 1, "BM": 64, "STAGES": 3, "SPLIT": True, "REGISTERS": 104}
+    constants = {
+        **CODES,
+        "R": bits,
+        "MASK": 2**bits - 1,
+        "BM": 64,
+        "STAGES": 3,
+        "STEP": 2,
+        "SPLIT": True,
+        "REGISTERS": 104,
+    }
     return ptx(matmul_kernel, signature, constants, 4)
 
 

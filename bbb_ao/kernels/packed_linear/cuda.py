@@ -206,14 +206,16 @@ def decode_linear(
 
 
 def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
-    """Candidates (rows of x in a tile, programs or 0 for one of each tile), the likeliest first."""
+    """Candidates (rows of x in a tile, programs or 0 for one of each tile, blocks at a time), the likeliest first."""
     fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
     choices = []
     for size in sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]:
         blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size) * (features // BLOCK)
         shared = [n * multiprocessors for n in range(PROGRAMS[size][0], 0, -1)]
         # Two blocks for each program at least.
-        choices += [(size, min(n, max(1, blocks // 2))) for n in shared] + [(size, 0)]
+        programs = [min(n, max(1, blocks // 2)) for n in shared] + [0]
+        steps = (2, 1) if size >= 64 and features // BLOCK % 2 == 0 else (1,)
+        choices += [(size, n, step) for n in programs for step in steps]
     return list(dict.fromkeys(choices))
 
 
@@ -248,11 +250,11 @@ def warpgroup_linear(
     words = [TensorDescriptor.from_tensor(plane, [64, 16], word_layout) for plane in words]
 
     def run(choice: Settings) -> None:
-        size, programs = choice
+        size, programs, step = choice
         _, most, registers = PROGRAMS[size]
         layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
         tiles, blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size), features // BLOCK
-        share = triton.cdiv(tiles * blocks, programs or tiles)
+        share = triton.cdiv(tiles * blocks, (programs or tiles) * step) * step
         programs = triton.cdiv(tiles * blocks, share)
         split = share % blocks > 0
         matmul_kernel[(programs,)](
@@ -272,6 +274,7 @@ def warpgroup_linear(
             BIASED=bias is not None,
             BM=size,
             STAGES=pipeline_stages(size, int(codes["R"])),
+            STEP=step,
             SPLIT=split,
             REGISTERS=registers,
             num_warps=4,

@@ -144,6 +144,7 @@ def _consume(
     BM: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
+    STEP: gl.constexpr,
     SPLIT: gl.constexpr,
 ):
     """Four warps: 64 rows of the weight, BM rows of x. Groups drift apart: one decodes while another multiplies."""
@@ -161,22 +162,31 @@ def _consume(
         row = gl.minimum(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout)), N - 1)[:, None]
         scale, zero = load_scales(scale_ptr, zero_ptr, row, first, last, NB, ZB)
         acc = gl.zeros([64, BM], gl.float32, layout=acc_layout)
-        for block in range(first, last):
-            turn = tile * NB + block - start
-            stage = turn % STAGES
-            mbarrier.wait(ready.index(stage), turn // STAGES & 1)
-            planes = _read_words(ws, (stage * GROUPS + GROUP) * (R // 2), R, a_layout)
-            next_scale, next_zero = load_scales(scale_ptr, zero_ptr, row, block + 1, last, NB, ZB)
-            words = assemble(planes[0], planes[1], planes[2], planes[3], R)
-            # The second half is decoded while the first one is multiplied.
-            first_half = _decode_half(words, scale, zero, x_desc, 0, R, MASK, H, ZB, a_layout)
-            acc = warpgroup_mma(first_half, xs.index(2 * stage).permute((1, 0)), acc, is_async=True)
-            second_half = _decode_half(words, scale, zero, x_desc, 1, R, MASK, H, ZB, a_layout)
-            acc = warpgroup_mma(second_half, xs.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
+        for step in range((last - first) // STEP):
+            running = ()
+            for i in gl.static_range(STEP):
+                block = first + step * STEP + i
+                turn = tile * NB + block - start
+                stage = turn % STAGES
+                mbarrier.wait(ready.index(stage), turn // STAGES & 1)
+                planes = _read_words(ws, (stage * GROUPS + GROUP) * (R // 2), R, a_layout)
+                next_scale, next_zero = load_scales(scale_ptr, zero_ptr, row, block + 1, last, NB, ZB)
+                words = assemble(planes[0], planes[1], planes[2], planes[3], R)
+                # Each half is decoded while the one before it is multiplied.
+                first_half = _decode_half(words, scale, zero, x_desc, 0, R, MASK, H, ZB, a_layout)
+                acc = warpgroup_mma(first_half, xs.index(2 * stage).permute((1, 0)), acc, is_async=True)
+                if i > 0:
+                    acc, _, first_half = warpgroup_mma_wait(1, [acc, running[0], first_half])
+                    mbarrier.arrive(free.index((turn - 1) % STAGES), count=1)
+                second_half = _decode_half(words, scale, zero, x_desc, 1, R, MASK, H, ZB, a_layout)
+                acc = warpgroup_mma(second_half, xs.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
+                if i + 1 < STEP:
+                    acc, first_half, second_half = warpgroup_mma_wait(1, [acc, first_half, second_half])
+                running = (second_half,)
+                scale = next_scale
+                zero = next_zero
             acc, first_half, second_half = warpgroup_mma_wait(0, [acc, first_half, second_half])
             mbarrier.arrive(free.index(stage), count=1)
-            scale = next_scale
-            zero = next_zero
         m0 = tile // row_tiles * BM
         if SPLIT:
             _share(acc * UNIT, result, tile, m0, n0, start, end, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
@@ -209,11 +219,13 @@ def matmul_kernel(
     BIASED: gl.constexpr,
     BM: gl.constexpr,
     STAGES: gl.constexpr,
+    STEP: gl.constexpr,
     SPLIT: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """y[m, n] from SHARE blocks of 128 columns of tiles of BM rows of x and 128 of the weight; x is [M, 128 * NB].
 
+    NB and SHARE are multiples of STEP, so many blocks follow each other with a product under way all the time.
     `parts_ptr` is for two tiles of float32 sums of each program; `count_ptr` for two int32 zeros of each tile.
     """
     GROUPS: gl.constexpr = 2
@@ -234,8 +246,14 @@ def matmul_kernel(
     # Constants stand in each list: in a tuple that has a name they would become tensors.
     gl.warp_specialize(
         [
-            (_consume, (operands, buffers, extent, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, SPLIT)),
-            (_consume, (operands, buffers, extent, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, SPLIT)),
+            (
+                _consume,
+                (operands, buffers, extent, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT),
+            ),
+            (
+                _consume,
+                (operands, buffers, extent, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT),
+            ),
             (_produce, (x_desc, (high_desc, mid_desc, low_desc), buffers, extent, R, STAGES, GROUPS)),
         ],
         [4, 1],
