@@ -79,8 +79,8 @@ def index(content: bytes) -> None:
         (folder / INDEX).write_bytes(content)
         with refusal(ModelError):
             entries, files = weight_entries(folder)
-            assert entries.keys() == {"x", "y", "z"}
-            assert files == SHARDS.keys()
+            # An index may leave a shard out, but no tensor of one that it names.
+            assert entries.keys() == {name for file in files for name in SHARDS[file]}
 
 
 def manifest(content: bytes) -> None:
