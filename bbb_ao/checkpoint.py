@@ -15,7 +15,9 @@ from safetensors import safe_open
 from bbb_ao.convert import to_dense
 from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.huggingface import QUANT_METHOD, attach_quantizer
+from bbb_ao.manifest import write_manifest
 from bbb_ao.modeldir import check_output_directory
+from bbb_ao.packed_config import check_packed_config
 from bbb_ao.packed_linear import check_widths, stored_widths
 from bbb_ao.safetensors_header import read_header
 
@@ -118,6 +120,7 @@ def _save(model: Any, tokenizer: Any, path: str | Path, extra: Callable[[Path], 
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         extra(folder)
+        write_manifest(folder)
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def describe(path: str | Path) -> list[LayerDescription]:
             f"{path}: quant_method: expected {QUANT_METHOD}, got {method!r}; "
             "fix: give a directory that `bbb-ao train` wrote"
         )
+    check_packed_config(quantization, f"{path}/config.json")
     sizes, indices = _stored_tensors(path)
     counted: set[str] = set()
     rows = []

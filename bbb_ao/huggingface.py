@@ -1,7 +1,6 @@
 """The Hugging Face quantizer: `AutoModelForCausalLM.from_pretrained(directory, bits=4)` after `import bbb_ao`."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +13,14 @@ from bbb_ao.duplication import duplicate_output
 from bbb_ao.errors import ModelError
 from bbb_ao.grid import Grid
 from bbb_ao.kernels import EXPONENT_MAX, EXPONENT_MIN
+from bbb_ao.modeldir import read_stored
+from bbb_ao.packed_config import FORMAT_VERSION, check_packed_config, check_stored
 from bbb_ao.packed_linear import PackedLinear, packed_linears, set_bits
-from bbb_ao.safetensors_header import TensorEntry, read_header
+from bbb_ao.safetensors_header import TensorEntry
 from bbb_ao.splitting import check_index
 
 QUANT_METHOD = "bitbybit"
-FORMAT_VERSION = 1
+DESCRIPTION = ("format_version", "grid", "modules", "duplicated_outputs")
 
 
 class BitByBitConfig(QuantizationConfigMixin):
@@ -62,8 +63,13 @@ class BitByBitHfQuantizer(HfQuantizer):
     quantization_config: BitByBitConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        stored = read_stored(model.name_or_path, kwargs.get("checkpoint_files") or ())
+        described = {name: getattr(self.quantization_config, name) for name in DESCRIPTION}
+        check_packed_config(described)
+        if stored:
+            check_stored(described, stored)
         build_packed_modules(model, self.quantization_config)
-        check_tensors(model, kwargs.get("checkpoint_files") or ())
+        check_shapes(model, stored)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -120,6 +126,9 @@ def build_packed_modules(model: nn.Module, config: BitByBitConfig) -> None:
 
 def _place_packed(model: nn.Module, name: str, shape: dict[str, Any], grid: Grid) -> None:
     linear: Any = _submodule(model, name)
+    sizes = [shape["in_features"], shape["out_features"]]
+    if type(linear) is not nn.Linear or [linear.in_features, linear.out_features] != sizes:
+        raise ValueError(f"sizes {sizes} for {linear!r:.80}")
     index_source = shape.pop("index_source")
     bias_dtype = linear.weight.dtype if shape.pop("bias") else None
     bits = shape.pop("bits", None)
@@ -141,32 +150,18 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         ) from None
 
 
-def check_tensors(model: nn.Module, files: Iterable[str | Path]) -> None:
-    """Refuse files without one of the packed tensors, or with another type or shape of it.
+def check_shapes(model: nn.Module, stored: Mapping[str, TensorEntry]) -> None:
+    """Refuse stored tensors of another shape than the architecture has by its configuration.
 
-    transformers would fill a missing one with whatever is in memory, and only warn.
-
-    Args:
-        files: the checkpoint's safetensors files; none passes.
     Raises:
         ModelError: names the first such tensor.
     """
-    stored: dict[str, TensorEntry] = {}
-    for file in files:
-        stored |= read_header(Path(file))
-    if not stored:
-        return
-    expected = {
-        f"{name}.{key}": value for name, layer in packed_linears(model).items() for key, value in layer.named_buffers()
-    }
-    expected |= {name: value for name, value in model.named_buffers() if name.endswith("duplicate_index")}
-    for name, buffer in expected.items():
-        types = {torch.uint8: ("U8",), torch.int32: ("I32",)}.get(buffer.dtype, ("F16", "BF16", "F32", "F64"))
+    for name, tensor in model.state_dict().items():
         entry = stored.get(name)
-        if entry is None or entry.dtype not in types or entry.shape != tuple(buffer.shape):
-            found = "none" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+        if entry is not None and entry.shape != tuple(tensor.shape):
             raise ModelError(
-                f"{name}: expected {' or '.join(types)} {list(buffer.shape)}, got {found}; fix: copy all files again"
+                f"{name}: expected {list(tensor.shape)} by config.json, got {list(entry.shape)}; "
+                "fix: restore the config.json that was saved with the weights"
             )
 
 
@@ -176,17 +171,28 @@ def check_indices(model: nn.Module) -> None:
     Raises:
         ModelError: names the buffer.
     """
+    read: dict[str, torch.Tensor] = {}
     for name, layer in packed_linears(model).items():
+        size = layer.grid.group_size
         try:
             if layer.ocs_index is not None:
-                check_index(layer.ocs_index, layer.in_features, layer.grid.group_size, f"{name}.ocs_index")
+                check_index(layer.ocs_index, layer.in_features, size, f"{name}.ocs_index")
             if layer.out_index is not None:
-                check_index(layer.out_index, layer.out_features, layer.grid.group_size, f"{name}.out_index")
+                check_index(layer.out_index, layer.out_features, size, f"{name}.out_index")
             if layer.index_source is not None and not layer.expands_input:
-                index = model.get_buffer(layer.index_source)
-                check_index(index, layer.in_features, layer.grid.group_size, layer.index_source)
+                read[layer.index_source] = index = model.get_buffer(layer.index_source)
+                check_index(index, layer.in_features, size, layer.index_source)
+                if layer.padding != (padding := int((index == layer.in_features).sum())):
+                    raise ValueError(
+                        f"{name}: padding: expected {padding}, as in {layer.index_source}, got {layer.padding}; "
+                        "fix: restore config.json"
+                    )
         except (ValueError, AttributeError) as error:
             raise ModelError(f"{error}") from None
+    for name, index in model.named_buffers():
+        # Of equal indices, layers name one.
+        if name.endswith("duplicate_index") and name not in read and not any(map(index.equal, read.values())):
+            raise ModelError(f"{name}: expected an index that a layer reads, got another; fix: copy all files again")
 
 
 def check_scales(model: nn.Module) -> None:

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bbb_ao.errors import ModelError, RecipeError, ResourceError
+from bbb_ao.packed_config import check_packed_config, check_stored
 from bbb_ao.safetensors_header import TensorEntry, read_header
 
 if TYPE_CHECKING:
@@ -21,18 +23,24 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
+ADAPTER, TOKENIZER_SETTINGS = "adapter_config.json", "tokenizer_config.json"
 QUANT_METHOD = "bitbybit"
+# Endings of the files that loaders read from a directory, whether they are meant to be there or not.
+LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py", *PICKLES)
 MOST_JSON_BYTES = 64 * 2**20
 MOST_LEVELS = 32
-JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+JSON_FILES = ("generation_config.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "tokenizer.json")
 
 
-def check_model_directory(model: str | Path, allow_bitbybit: bool = False) -> dict[str, Any]:
+def check_model_directory(
+    model: str | Path, allow_bitbybit: bool = False, needs_tokenizer: bool = True
+) -> dict[str, Any]:
     """Refuse a model that is missing, unsafe, damaged or of the wrong kind.
 
     Args:
         model: a directory, as from `fetch_model`.
         allow_bitbybit: also accept a checkpoint that this package wrote (for evaluation and inspection).
+        needs_tokenizer: refuse a directory without one.
     Returns:
         its config.json.
     Raises:
@@ -46,12 +54,13 @@ def check_model_directory(model: str | Path, allow_bitbybit: bool = False) -> di
         for name in JSON_FILES:
             if (directory / name).exists():
                 _refuse_code(read_json(directory, name), directory / name)
-        if not any((directory / name).is_file() for name in TOKENIZERS):
+        if needs_tokenizer and not any((directory / name).is_file() for name in TOKENIZERS):
             raise ModelError(
                 f"{directory}: tokenizer: expected one of {', '.join(TOKENIZERS[:3])}, got none; "
                 "fix: save the model's tokenizer beside it"
             )
-        _check_weight_files(directory, source="quantization_config" not in config)
+        _check_other_files(directory)
+        _check_weight_files(directory, config)
     except OSError as error:
         name = error.filename or directory
         raise ModelError(f"{name}: file: expected it readable, got {error.strerror}; fix: check permissions") from None
@@ -123,7 +132,7 @@ def read_json(directory: Path, name: str) -> Any:
     Raises:
         ModelError: not there, no regular file inside the directory, not JSON, or nested too deeply.
     """
-    path = _inside(directory, name)
+    path = inside(directory, name)
     if path.stat().st_size > MOST_JSON_BYTES:
         raise ModelError(
             f"{path}: size: expected at most 64 MiB, got {path.stat().st_size} bytes; fix: restore the file"
@@ -183,7 +192,9 @@ def fetch_model(model: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "recipe.yaml"]
+            )
         )
     except Exception as error:  # the hub's client, its network library and the disk each raise their own
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -192,14 +203,19 @@ def fetch_model(model: str | Path) -> Path:
         ) from error
 
 
-def _inside(directory: Path, name: str) -> Path:
+def inside(directory: Path, name: str) -> Path:
     """The path of a file that must lie in the directory, symbolic links resolved.
 
     Folders of the hub's cache, models--*/snapshots/<revision>, link to models--*/blobs; that is inside, too.
+
+    Raises:
+        ModelError: it lies elsewhere, is not there, or is no regular file.
     """
     root = directory.resolve()
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            root = folder.parent.parent
+            break
     path = directory / name
     if not path.resolve().is_relative_to(root):
         raise ModelError(f"{path}: path: expected a file inside {directory}, got a link out of it; fix: copy the file")
@@ -224,6 +240,7 @@ def _check_config(directory: Path, allow_bitbybit: bool) -> dict[str, Any]:
                 f"{path}: quantization_config: expected a full-precision model, got quant_method {method!r}; "
                 "fix: give the original model"
             )
+        check_packed_config(quantization, str(path))
     return config
 
 
@@ -243,12 +260,34 @@ def _refuse_code(data: Any, path: Path) -> None:
             row.extend(item)
 
 
-def _check_weight_files(directory: Path, source: bool) -> None:
-    """All weights in whole safetensors files inside the directory, and of a floating type where they are a source's."""
+def _check_other_files(directory: Path) -> None:
+    """No link out of the directory among the files that loaders read, and none that names files elsewhere."""
+    for path in directory.iterdir():
+        if path.suffix in LOADED and path.is_symlink() and path.suffix not in PICKLES:
+            inside(directory, path.name)
+    if (directory / ADAPTER).exists():
+        raise ModelError(
+            f"{directory / ADAPTER}: file: expected a whole model, got an adapter, which names its base elsewhere; "
+            "fix: merge it into its base"
+        )
+    settings = read_json(directory, TOKENIZER_SETTINGS) if (directory / TOKENIZER_SETTINGS).exists() else {}
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        # The tokenizer reads such a file instead of its own; the special tokens' one is a leftover that nothing reads.
+        outside = isinstance(value, str) and (os.sep in value or value.startswith("."))
+        if key.endswith("_file") and key != "special_tokens_map_file" and outside:
+            raise ModelError(
+                f"{directory / TOKENIZER_SETTINGS}: {key}: expected a plain file name, got {value!r:.80}; "
+                "fix: remove it"
+            )
+
+
+def _check_weight_files(directory: Path, config: dict[str, Any]) -> None:
+    """All weights in whole safetensors files inside the directory, of types and sizes that the configuration names."""
+    names = {WEIGHTS}
     if (directory / WEIGHTS).is_symlink() or (directory / WEIGHTS).exists():
-        entries = read_header(_inside(directory, WEIGHTS))
+        entries = read_header(inside(directory, WEIGHTS))
     elif (directory / INDEX).is_symlink() or (directory / INDEX).exists():
-        entries = _read_shards(directory)
+        entries, names = _read_shards(directory)
     else:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
         got = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
@@ -256,20 +295,69 @@ def _check_weight_files(directory: Path, source: bool) -> None:
         raise ModelError(f"{directory}: weights: expected {WEIGHTS}, got {got}; fix: {fix}")
     if not entries:
         raise ModelError(f"{directory}: weights: expected tensors, got none; fix: download the model again")
+    packed = config.get("quantization_config")
     for name, entry in entries.items():
-        if source and 0 in entry.shape:
+        if 0 in entry.shape:
             raise ModelError(
                 f"{directory}: {name}: expected a tensor with values, got shape {list(entry.shape)}; "
                 "fix: restore the file"
             )
-        if source and name.endswith("weight") and entry.dtype not in FLOATS:
+        if not packed and name.endswith("weight") and entry.dtype not in FLOATS:
             raise ModelError(
                 f"{directory}: {name}: expected {', '.join(FLOATS[1:])}, got {entry.dtype}; "
                 "fix: give the model before quantization"
             )
+    _check_blocks(directory, config, len(entries))
+    if packed:
+        if surplus := sorted({path.name for path in directory.glob("*.safetensors")} - names):
+            raise ModelError(
+                f"{directory / surplus[0]}: file: expected only the weights' files, got {len(surplus)} more; "
+                "fix: remove what was added"
+            )
+        check_stored(packed, entries)
 
 
-def _read_shards(directory: Path) -> dict[str, TensorEntry]:
+def _check_blocks(directory: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse more blocks than tensors: building them would take hours before the first one is found missing."""
+    for settings in (config, config.get("text_config")):
+        blocks = settings.get("num_hidden_layers") if isinstance(settings, dict) else None
+        if blocks is not None and (type(blocks) is not int or not 0 <= blocks <= tensors):
+            raise ModelError(
+                f"{directory / CONFIG}: num_hidden_layers: expected at most {tensors}, the number of tensors, "
+                f"got {blocks!r:.40}; fix: restore the file"
+            )
+
+
+def read_stored(root: str | Path, files: Iterable[str | Path]) -> dict[str, TensorEntry]:
+    """The tensors of the files that a loader is about to read.
+
+    Args:
+        root: the directory that it was given; where there is none (a hub id), each file's own folder in the cache.
+    Raises:
+        ModelError: a file outside the directory or no whole safetensors file, or a tensor in two of them.
+    """
+    stored: dict[str, TensorEntry] = {}
+    for file in map(Path, files):
+        if file.suffix != ".safetensors":
+            raise ModelError(f"{file}: weights: expected safetensors, got {file.name!r}; fix: convert them")
+        folder = Path(root) if root and Path(root).is_dir() else file.parent
+        _add_shard(stored, inside(folder, os.path.relpath(file, folder)))
+    return stored
+
+
+def _add_shard(entries: dict[str, TensorEntry], path: Path) -> dict[str, TensorEntry]:
+    """Add a file's tensors to those of the files before it, and return them."""
+    added = read_header(path)
+    if twice := entries.keys() & added.keys():
+        raise ModelError(
+            f"{path}: {min(twice)!r:.100}: expected in one file only, got it in two; fix: download the model again"
+        )
+    entries |= added
+    return added
+
+
+def _read_shards(directory: Path) -> tuple[dict[str, TensorEntry], set[str]]:
+    """The tensors of all shards, and the shards' names."""
     path = directory / INDEX
     index = read_json(directory, INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -280,7 +368,12 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
         # transformers joins these to the directory as they are and reads whatever is there.
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
             raise ModelError(f"{path}: weight_map: expected plain file names, got {shard!r:.80}; fix: restore the file")
-        entries.update(read_header(_inside(directory, shard)))
+        added = _add_shard(entries, inside(directory, shard))
+        if strayed := [name for name in added if weight_map.get(name, shard) != shard]:
+            raise ModelError(
+                f"{path}: weight_map: expected {strayed[0]!r:.100} in {weight_map[strayed[0]]}, got it in {shard}; "
+                "fix: download the model again"
+            )
     for kind, names in (
         ("missing", weight_map.keys() - entries.keys()),
         ("surplus", entries.keys() - weight_map.keys()),
@@ -290,4 +383,4 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
                 f"{path}: weight_map: expected the shards' tensors, got {len(names)} {kind}, "
                 f"first {min(names)!r:.100}; fix: download the model again"
             )
-    return entries
+    return entries, set(weight_map.values())

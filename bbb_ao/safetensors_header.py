@@ -83,6 +83,9 @@ def _parse(path: Path, content: bytes) -> dict[str, Any]:
             keys[key] = value
         return keys
 
+    # A byte of JSON may become sixty of Python's: count what can grow before it does.
+    if content.count(b"{") + content.count(b"[") > 4 * MOST_TENSORS or content.count(b'"') > 20 * MOST_TENSORS:
+        raise _damaged(path, "header", f"at most {MOST_TENSORS} tensors", "more")
     try:
         header = json.loads(content, object_pairs_hook=unique)
     except ModelError:

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bbb_ao.cli.doctor import doctor
 from bbb_ao.cli.spread import SpreadCommand
+from bbb_ao.cli.verify import verify
 from bbb_ao.errors import ModelError, RecipeError
 
 WINDOW = 1024  # tokens; the protocol's, unless the model's context is shorter
@@ -226,6 +228,10 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
     rows.append(("total", "", "", "", 8 * size / max(count, 1), sum(row.split_channels for row in layers), size))
     heads = ("layer", "widths", "bits", "act_bits", "bits_per_weight", "split_channels", "bytes")
     _print_table([heads, *rows])
+
+
+app.command()(verify)
+app.command()(doctor)
 
 
 @app.command()

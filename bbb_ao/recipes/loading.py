@@ -74,6 +74,11 @@ def load_model(directory: str | Path, dtype: torch.dtype | str = "auto") -> Any:
             f"{directory}: weights: expected every tensor, got {len(missing)} missing, first {missing[0]}; "
             "fix: download or save the model again"
         )
+    if getattr(model, "is_quantized", False) and (surplus := sorted(report["unexpected_keys"])):
+        raise ModelError(
+            f"{directory}: weights: expected the model's tensors only, got {len(surplus)} more, first {surplus[0]}; "
+            "fix: save the model again"
+        )
     check_weights(model)
     return model.eval()
 

@@ -70,14 +70,27 @@ def packed_linear_cuda(
     settings = (bits, zero_point_bits, half_step, group_size)
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
-    if not rows.shape[0] or not high.shape[0] or not fits_kernels(x.dtype, planes, scales, settings, capability):
-        return dequantized_linear(x, planes, scales, index, bias, settings)
-    if rows.shape[0] <= DECODE_ROWS or (capability != (9, 0) and rows.shape[0] <= PAIRED_ROWS):
+    fits = fits_kernels(x.dtype, planes, scales, settings, capability)
+    kernel = kernel_for(rows.shape[0] if high.shape[0] else 0, fits, capability)
+    if kernel == "decode":
         parts = [decode_linear(pair, planes, scales, index, bias, settings) for pair in rows.split(DECODE_ROWS)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
-    if capability == (9, 0) and rows.shape[0] <= WARPGROUP_ROWS:
+    if kernel == "warpgroup":
         return warpgroup_linear(expand_input(rows, index), planes, scales, bias, settings).view(shape)
     return dequantized_linear(x, planes, scales, index, bias, settings)
+
+
+def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
+    """Which of decode, warpgroup and dequantize runs for so many rows of x; the rule stands above.
+
+    Args:
+        fits: as from `fits_kernels`.
+    """
+    if not fits or not rows:
+        return "dequantize"
+    if rows <= DECODE_ROWS or (capability != (9, 0) and rows <= PAIRED_ROWS):
+        return "decode"
+    return "warpgroup" if capability == (9, 0) and rows <= WARPGROUP_ROWS else "dequantize"
 
 
 def fits_kernels(

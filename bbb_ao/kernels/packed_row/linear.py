@@ -60,11 +60,27 @@ def takes_row_path(
     point on a CPU that needs no gradient, 2, 4 or 8 bits without rounded slices, groups of 32, contiguous planes, zero
     offsets of 0, 2, 4 or 8 bits. Anything else goes to the op.
     """
-    planes = [plane for plane in (high, mid, low) if plane is not None]
     return (
         torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and x.device.type == "cpu"
+        and fits_row_path(x, high, mid, low, bits, zero_point_bits, half_step, group_size)
+    )
+
+
+def fits_row_path(
+    x: Tensor,
+    high: Tensor,
+    mid: Tensor | None,
+    low: Tensor | None,
+    bits: int,
+    zero_point_bits: int,
+    half_step: bool,
+    group_size: int,
+) -> bool:
+    """What `takes_row_path` asks of the operands, whether anything is being compiled or not."""
+    planes = [plane for plane in (high, mid, low) if plane is not None]
+    return (
+        x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and statically_known_true(prod(x.shape[:-1]) == 1)
         and bits in (2, 4, 8)
