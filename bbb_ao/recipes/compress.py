@@ -4,7 +4,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +17,17 @@ from bbb_ao.convert import convert_model
 from bbb_ao.errors import DataError, RecipeError
 from bbb_ao.modeldir import check_model_directory, check_output_directory, check_weights
 from bbb_ao.packed_head import find_head, pack_head
-from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.distill import train_model_stage
 from bbb_ao.recipes.generation import generate_sequences
+from bbb_ao.recipes.identity import check_hashes, check_recipe, hash_inputs
+from bbb_ao.recipes.keeper import Keeper
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
+from bbb_ao.recipes.memory import Memory
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
+from bbb_ao.recipes.run_folder import RunFolder
 from bbb_ao.recipes.stages import Recipe
 from bbb_ao.storage import footprint
 
@@ -34,8 +39,12 @@ class Reporter(Protocol):
         """Something happened: one line of the log."""
         ...
 
-    def stage(self, number: int, name: str, blocks: int) -> None:
-        """A stage begins; `blocks` is 1 for an end-to-end stage."""
+    def notice(self, kind: str, text: str, **values: Any) -> None:
+        """Something happened that the user should read now: a sentence, and a line of the log."""
+        ...
+
+    def stage(self, number: int, name: str, blocks: int, done: int = 0) -> None:
+        """A stage begins; `blocks` is 1 for an end-to-end stage, `done` how many of them are finished already."""
         ...
 
     def step(self, step: int, steps: int, loss: Callable[[], float]) -> None:
@@ -51,7 +60,8 @@ class Silent:
     """A reporter that says nothing."""
 
     def event(self, kind: str, **values: Any) -> None: ...
-    def stage(self, number: int, name: str, blocks: int) -> None: ...
+    def notice(self, kind: str, text: str, **values: Any) -> None: ...
+    def stage(self, number: int, name: str, blocks: int, done: int = 0) -> None: ...
     def step(self, step: int, steps: int, loss: Callable[[], float]) -> None: ...
     def block(self, number: int, name: str, fit: Fit) -> None: ...
 
@@ -82,6 +92,7 @@ def train(
     device: torch.device | None = None,
     report: Reporter | None = None,
     generated: Tensor | None = None,
+    keeper: Keeper | None = None,
 ) -> Result:
     """Run a recipe's stages on a model.
 
@@ -91,6 +102,7 @@ def train(
         device: where blocks are trained; None takes `choose_device()`.
         generated: text of the model's own for stages that ask for it, int64 [recipe.generated, tokens], as from
             `generate_sequences`; None lets the model write it now.
+        keeper: saves the run as it goes and continues it; None does neither.
     Returns:
         the trained student on the CPU, float32 masters, at the last stage's widths.
     Raises:
@@ -103,7 +115,8 @@ def train(
     device = device or choose_device()
     with _evaluating(model):
         if recipe.generated and generated is None:
-            generated = generate_sequences(model, sequences, recipe.generated, recipe.seed, device)
+            write = partial(generate_sequences, model, sequences, recipe.generated, recipe.seed, device)
+            generated = keeper.generated(write) if keeper else write()
         if recipe.generated and generated is not None:
             _check_sequences(generated, model)
             if tuple(generated.shape) != (recipe.generated, sequences.shape[1]):
@@ -112,38 +125,80 @@ def train(
                     "fix: generate as many sequences, of the same length"
                 )
             sequences = torch.cat([sequences, generated])
-        return _train(model, sequences, recipe, device, report or Silent())
+        return _train(model, sequences, recipe, device, report or Silent(), keeper)
 
 
-def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Result:
+def _train(
+    model: nn.Module,
+    sequences: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    report: Reporter,
+    keeper: Keeper | None,
+) -> Result:
     """`train` on [calibration and generated sequences, tokens]."""
     start = time.perf_counter()
     torch.manual_seed(recipe.seed)
     in_blocks = any(stage.scope == "block" and stage.text != "calibration" for stage in recipe.stages)
     own = recipe.generated if in_blocks else 0
-    run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own)
+    memory = keeper.memory if keeper else Memory(recipe.micro_batch, recipe.cache)
+    memory.notice = report.notice
+    run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own, memory)
     student = copy.deepcopy(model).float().cpu()
     prepared = prepare_student(student, recipe, run)
     for plan in prepared.plans:
         report.event("plan", blocks=len(plan.blocks), plan=str(plan))
+    if keeper:
+        keeper.restore(student)
     result = Result(student, prepared)
-    higher = None
-    for number, stage in enumerate(recipe.stages):
-        seed = recipe.seed + 10_000 * (number + 1)
-        if stage.epochs == 0:
-            result.fits.append([])
-        elif stage.scope == "block":
-            report.stage(number, stage.name, len(run.names))
-            result.fits.append(train_block_stage(run, student, stage, higher, seed, report.block, report.step))
-        else:
-            report.stage(number, stage.name, 1)
-            fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step)
-            report.block(0, stage.name, fit)
-            result.fits.append([fit])
-        higher = stage
+    for number in range(len(recipe.stages)):
+        if keeper and number < keeper.stage:
+            result.fits.append(keeper.fits(number))
+            continue
+        result.fits.append(_train_stage(run, student, sequences, number, report, keeper))
+        if keeper:
+            keeper.stage_done(student)
     set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _train_stage(
+    run: BlockRun, student: nn.Module, sequences: Tensor, number: int, report: Reporter, keeper: Keeper | None
+) -> list[Fit]:
+    """One stage of `_train`, from the block at which it stopped; a Fit for each block."""
+    recipe, stage = run.recipe, run.recipe.stages[number]
+    if stage.epochs == 0:
+        set_training_bits(student, stage.widths[-1], stage.act_bits)
+        return []
+    seed = recipe.seed + 10_000 * (number + 1)
+    in_blocks = stage.scope == "block"
+    done, fits = (keeper.block, keeper.fits(number)) if keeper else (0, [])
+    report.stage(number, stage.name, len(run.names) if in_blocks else 1, done)
+
+    def block_done(block: int, name: str, fit: Fit) -> None:
+        report.block(block, name, fit)
+        if keeper:
+            names = (name,) if in_blocks else run.names
+            keeper.blocks_done(block, {each: student.get_submodule(each) for each in names}, fit)
+
+    if in_blocks:
+        if done < len(run.names):
+            higher = recipe.stages[number - 1] if number else None
+            saving = keeper.loop if keeper else lambda block: None
+            fits += train_block_stage(
+                run, student, stage, higher, seed, block_done, report.step, first=done, saving=saving
+            )
+    elif not done:
+        saving = keeper.loop(0) if keeper else None
+        fits.append(
+            train_model_stage(
+                run.teacher, student, sequences, stage, recipe, run.device, seed, report.step, run.memory, saving
+            )
+        )
+        block_done(0, stage.name, fits[-1])
+    set_training_bits(student, stage.widths[-1], stage.act_bits)
+    return fits
 
 
 @contextmanager
@@ -186,6 +241,7 @@ def compress(
     tokenizer: Any = None,
     device: torch.device | None = None,
     report: Reporter | None = None,
+    run: RunFolder | None = None,
 ) -> Result:
     """Quantize a model by a recipe and save the packed result.
 
@@ -195,10 +251,13 @@ def compress(
         data: files or folders (see `data.load_documents`), or calibration ids, int64 [sequences, tokens].
         output_dir: written at the end, whole or not at all; must be empty or absent, and not the model's directory.
         tokenizer: needed with a model object and data that is text; saved beside the weights.
+        run: the open folder of the run's state, with which a run that was stopped goes on: `with RunFolder(output_dir)
+            as run: compress(..., run=run)`. None keeps no state.
     Returns:
         the packed model with its figures.
     Raises:
         RecipeError, ModelError, DataError, ResourceError, NumericsError: one line each, before anything is written.
+        ResumeError: the run began with another recipe, model or data.
     """
     if not isinstance(recipe, Recipe):
         from bbb_ao.recipes.loader import load_recipe
@@ -208,13 +267,41 @@ def compress(
 
     # Before training, so that what cannot be written is refused now.
     resolved = dump_recipe(recipe)
-    check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    if not (run and run.is_done(resolved)):
+        check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    changed = check_recipe(run.record, recipe, run.amend) if run else set()
+    hashes = hash_inputs(model_or_path, data) if run else {}
+    if run:
+        check_hashes(run.record, hashes)
     model, tokenizer = _load(model_or_path, tokenizer)
-    result = train(model, _sequences(data, tokenizer, recipe, model), recipe, device, report)
+    sequences = _sequences(data, tokenizer, recipe, model)
+    _check_sequences(sequences, model)
+    keeper = None
+    if run:
+        save = partial(_save_stage, model, tokenizer, recipe)
+        keeper = Keeper(run, recipe, hashes, save, changed)
+    result = train(model, sequences, recipe, device, report, keeper=keeper)
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
-    save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
+    if not (run and run.is_done(resolved)):
+        save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
+    if run:
+        run.finish()
     return result
+
+
+def _save_stage(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, student: nn.Module, number: int, folder: Path
+) -> None:
+    """Save the checkpoint of a stage, as if it had been the last one; the student is not changed."""
+    from bbb_ao.recipes.loader import dump_recipe
+
+    stage = recipe.stages[number]
+    until = replace(recipe, stages=recipe.stages[: number + 1], default_bits=stage.widths[-1])
+    # A copy but for the masters, which would fill the memory a second time.
+    shared = {id(tensor): tensor for linear in qat_linears(student).values() for tensor in linear.parameters()}
+    packed = pack(copy.deepcopy(student, shared), model, until)
+    save_packed(packed, tokenizer, folder, until.default_bits, dump_recipe(until))
 
 
 def _load(model_or_path: Any, tokenizer: Any) -> tuple[Any, Any]:
