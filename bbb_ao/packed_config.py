@@ -46,6 +46,7 @@ GRID = {
     "zero_point_bits": _whole(0, 8),
     "scale_format": _one_of("e4m3"),
     "parent_bits": WIDTH,
+    "act_kind": _or_none(_one_of("half_step", "integer"), optional=True),
 }
 MODULE = {
     "in_features": _whole(1),

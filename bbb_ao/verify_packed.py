@@ -131,7 +131,7 @@ def reference_product(layer: PackedLinear, rows: Tensor) -> tuple[Tensor, Tensor
     columns = expand_input(rows, index)
     products = 3
     if layer.act_bits is not None:
-        settings = (layer.act_bits, layer.grid.half_step, layer.grid.group_size)
+        settings = (layer.act_bits, layer.grid.activation_kind == "half_step", layer.grid.group_size)
         # In plain torch, whatever the device.
         marks = None if index is None else index.cpu()
         quantized = fake_quantize_input(columns.cpu(), marks, rows.shape[-1], *settings)

@@ -30,6 +30,11 @@ def test_every_layer_passes_at_every_width_and_keeps_its_own(act_bits: int | Non
     assert not any(layer._forward_hooks for layer in packed_linears(model).values())
 
 
+def test_activations_may_have_a_grid_of_their_own() -> None:
+    model = convert_model(prepared_llama(0.5, 4, act_kind="integer"), 8).eval()
+    assert len(verify_packed(model)) == 7
+
+
 def test_narrow_layers_and_heads_are_checked_at_the_widths_that_they_store() -> None:
     model = pack_head(copy.deepcopy(packed_llama(0.5, None, 4)), 8)
     assert [(check.bits, check.layers) for check in verify_packed(model)] == [(2, 14), (3, 14), (4, 14), (8, 1)]

@@ -86,7 +86,7 @@ def test_every_command_and_option_is_listed(book: Path) -> None:
         assert f"bbb-ao {name}" in text
         shown = CliRunner().invoke(app, [name, "--help"]).output
         options = set(re.findall(r"^ +(--[a-z-]+)", shown, re.MULTILINE)) - {"--help"}
-        assert name in ("inspect", "recipes") or options
+        assert name in ("doctor", "inspect", "recipes") or options
         for option in options:
             assert re.search(rf"^{option}\b", text, re.MULTILINE), f"{name} {option}"
     for option in ("--data FILE...", "--set KEY=VALUE...", "--recipe NAME|FILE", "--bits N...", "--equal-budget"):
