@@ -20,7 +20,7 @@ from bbb_ao.packed_head import find_head, pack_head
 from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.distill import train_model_stage
-from bbb_ao.recipes.generation import generate_sequences
+from bbb_ao.recipes.generation import GENERATED_AT_ONCE, generate_sequences
 from bbb_ao.recipes.identity import check_hashes, check_recipe, hash_inputs
 from bbb_ao.recipes.keeper import Keeper
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
@@ -115,7 +115,7 @@ def train(
     device = device or choose_device()
     with _evaluating(model):
         if recipe.generated and generated is None:
-            write = partial(generate_sequences, model, sequences, recipe.generated, recipe.seed, device)
+            write = partial(_generate, model, sequences, recipe, device, report or Silent())
             generated = keeper.generated(write) if keeper else write()
         if recipe.generated and generated is not None:
             _check_sequences(generated, model)
@@ -126,6 +126,17 @@ def train(
                 )
             sequences = torch.cat([sequences, generated])
         return _train(model, sequences, recipe, device, report or Silent(), keeper)
+
+
+def _generate(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Tensor:
+    # Its own limit: sequences written at once are no sequences trained on at once.
+    memory = Memory()
+    memory.notice = report.notice
+    return memory.retry(
+        lambda size: generate_sequences(model, sequences, recipe.generated, recipe.seed, device, size),
+        GENERATED_AT_ONCE,
+        "generation",
+    )
 
 
 def _train(
@@ -275,11 +286,7 @@ def compress(
         check_hashes(run.record, hashes)
     model, tokenizer = _load(model_or_path, tokenizer)
     sequences = _sequences(data, tokenizer, recipe, model)
-    _check_sequences(sequences, model)
-    keeper = None
-    if run:
-        save = partial(_save_stage, model, tokenizer, recipe)
-        keeper = Keeper(run, recipe, hashes, save, changed)
+    keeper = Keeper(run, recipe, hashes, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
     result = train(model, sequences, recipe, device, report, keeper=keeper)
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight

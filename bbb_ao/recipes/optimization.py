@@ -290,8 +290,8 @@ def fit(
 def check_losses(losses: list[Tensor], where: str) -> None:
     """Refuse a loss that is NaN or infinite among the last CHECKED, and their mean where it has grown.
 
-    Diverging: a mean above DIVERGED times the first CHECKED losses' mean, and above DIVERGED. A block loss of 1 is as
-    bad as leaving the block out.
+    Diverging: a mean above DIVERGED and above DIVERGED times the first loss. A block loss of 1 is as bad as leaving the
+    block out.
 
     Args:
         losses: of all steps so far, scalars on the device.
@@ -301,7 +301,7 @@ def check_losses(losses: list[Tensor], where: str) -> None:
     if not bool(finite.all()):
         bad = len(losses) - len(last) + 1 + int((~finite).nonzero()[0])
         raise NumericsError(f"{where}: the loss is NaN or infinite at step {bad}; {LOWER}")
-    first = torch.stack(losses[:CHECKED]).float().mean().item()
+    first = losses[0].item()
     if (mean := last.mean().item()) > DIVERGED * max(1.0, first):
         raise NumericsError(
             f"{where}: the loss has grown from {first:.3g} to {mean:.3g} at step {len(losses)}; {LOWER}"

@@ -143,7 +143,6 @@ class RunFolder:
 
     def finish(self) -> None:
         """Remove the state once the output is there."""
-        self.commit({}, set())
         self._forget(stages=not self.keep_stages)
         self._remove_folder()
 
@@ -175,13 +174,14 @@ class RunFolder:
             )
 
     def _forget(self, stages: bool) -> None:
-        """Remove the state, the manifest first, and the stages' checkpoints if asked."""
+        """Remove the stages' checkpoints, if asked, and the state, the manifest first."""
+        for path in list(self.folder.iterdir()) if stages else ():
+            if path.is_dir():
+                # A checkpoint that is half removed must not look like a whole one.
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
         self.path(MANIFEST).unlink(missing_ok=True)
         self.record, self._files = {}, {}
         self._remove_leftovers()
-        for path in self.folder.iterdir() if stages else ():
-            if path.is_dir():
-                shutil.rmtree(path)
 
     def _remove_leftovers(self) -> None:
         """What a killed process left: temporary files, and files that the manifest does not name."""
