@@ -95,8 +95,6 @@ def train(
 
         place = choose_device(device)
         with Progress(len(settings.stages), record) as progress:
-            if run.record:
-                progress.notice("resume", f"{run.folder}: going on from {run.position}", **run.summary)
             result = compress(directory, settings, data, output, device=place, report=progress, run=run)
     for plan in result.prepared.plans:
         for name, reason in plan.unsupported:

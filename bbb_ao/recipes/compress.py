@@ -160,7 +160,7 @@ def _train(
     for plan in prepared.plans:
         report.event("plan", blocks=len(plan.blocks), plan=str(plan))
     if keeper:
-        keeper.restore(student)
+        keeper.restore(student, report.notice)
     result = Result(student, prepared)
     for number in range(len(recipe.stages)):
         if keeper and number < keeper.stage:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bbb_ao.errors import ResumeError
 from bbb_ao.qat_linear import qat_linears
 from bbb_ao.recipes.identity import recipe_record
-from bbb_ao.recipes.memory import Memory
+from bbb_ao.recipes.memory import Memory, Noticing
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.run_folder import AFRESH, FORMAT_VERSION, RunFolder
 from bbb_ao.recipes.stages import Recipe
@@ -48,7 +48,7 @@ class Keeper:
         changed: Iterable[str] = (),
     ) -> None:
         self.run, self._recipe, self._save_stage = run, recipe, save_stage
-        changed = set(changed)
+        self._resumed, changed = bool(run.record), set(changed)
         self._record: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "stage": 0,
@@ -91,8 +91,8 @@ class Keeper:
             self._commit({name: {"ids": write()}}, generated=name)
         return load_file(self.run.path(name))["ids"]
 
-    def restore(self, student: nn.Module) -> None:
-        """Give the student's blocks what they had learned.
+    def restore(self, student: nn.Module, notice: Noticing) -> None:
+        """Give the student's blocks what they had learned, and say where the run goes on.
 
         Args:
             student: prepared, on the CPU.
@@ -115,6 +115,9 @@ class Keeper:
                     f"another; fix: go on where the run began, {AFRESH}"
                 )
             block.load_state_dict(held)
+        if self._resumed:
+            values = {"stage": self.stage, "block": self.block, "step": (self._record["loop"] or {}).get("step", 0)}
+            notice("resume", f"{self.run.folder}: going on from {self.run.position}", **values)
         # Preparation was the last that could refuse the recipe; from here on there is something to go on from.
         self._commit({})
 

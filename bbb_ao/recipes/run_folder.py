@@ -101,12 +101,6 @@ class RunFolder:
         step = f", step {record['loop']['step']}" if record["loop"] else ""
         return f"stage {record['stage'] + 1}/{len(names)} {names[record['stage']]}{block}{step}"
 
-    @property
-    def summary(self) -> dict[str, int]:
-        """The same in numbers from 0, for the log: the stage, its block and step at which the run goes on."""
-        step = self.record["loop"]["step"] if self.record["loop"] else 0
-        return {"stage": self.record["stage"], "block": self.record["block"], "step": step}
-
     def path(self, name: str) -> Path:
         return self.folder / name
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -48,10 +49,20 @@ class StopsAtStep(Silent):
     def __init__(self, steps: int) -> None:
         self.left = steps
 
-    def step(self, *_) -> None:
+    def step(self, step: int, steps: int, loss: Callable[[], float]) -> None:
         self.left -= 1
         if self.left == 0:
             raise Stop
+
+
+class Steps(Silent):
+    """Notes the number of every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def step(self, step: int, steps: int, loss: Callable[[], float]) -> None:
+        self.seen.append(step)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -79,8 +90,8 @@ def model(make_model):
 def go(model, few):
     """A function: run, or go on with, a recipe."""
 
-    def call(output: Path, recipe: Recipe = RECIPE, report=None, **options):
-        with RunFolder(output, **({"save_steps": 1} | options)) as run:
+    def call(output: Path, recipe: Recipe = RECIPE, report=None, save_steps: int = 1, **options: bool):
+        with RunFolder(output, save_steps=save_steps, **options) as run:
             return compress(model, recipe, few, output, device=CPU, report=report, run=run)
 
     return call
@@ -241,16 +252,6 @@ def test_another_recipe_is_refused_unless_unfinished_stages_are_amended(go, tmp_
     go(output, changed(2, lr=1e-4), amend=True, report=(report := Steps()))
     assert report.seen == [2, 1, 2], "the stage goes on where it stopped, then the last one"
     assert "lr: 0.0001" in (output / "recipe.yaml").read_text()
-
-
-class Steps(Silent):
-    """Notes the number of every step."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def step(self, step: int, *_) -> None:
-        self.seen.append(step)
 
 
 def test_another_model_or_other_data_are_refused_by_name(go, model, few, tmp_path):
