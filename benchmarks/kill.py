@@ -51,9 +51,15 @@ def prepare(folder: Path) -> list[str]:
     """A model, text and a recipe in `folder`; the command without its output."""
     tokenizer = AutoTokenizer.from_pretrained(Path(bbb_ao.__file__).parent / "demo" / "model")
     tokenizer.save_pretrained(folder / "model")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(50)))
     (folder / "kill.yaml").write_text(RECIPE)
@@ -129,7 +135,7 @@ def measure(kills: int, boundaries: bool, seed: int) -> dict[str, object]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         command = prepare(Path(name))
-        whole = []
+        whole, seconds = [], 0.0
         for number in range(3):
             start = time.perf_counter()
             assert main([*command, "--output", f"{name}/out{number}"]) == 0

@@ -64,6 +64,7 @@ class LoopState:
         """
         device = self.parameters[0].device
         held = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.average.means.clear()
         for number, parameter in enumerate(self.parameters):
             parameter.copy_(held[f"parameter.{number}"])
             prefix = f"optimizer.{number}."

@@ -14,7 +14,7 @@ from bbb_ao.errors import NumericsError, ResourceError
 from bbb_ao.qat_linear import QATLinear, qat_linears
 from bbb_ao.recipes.loop_state import LoopState, Saving, TailAverage
 from bbb_ao.recipes.memory import Memory
-from bbb_ao.recipes.replay import Recorded
+from bbb_ao.recipes.replay import WARM_UP, Recorded
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.splitting import split_mask
 
@@ -262,6 +262,13 @@ def fit(
             reliefs = memory.reliefs
             recorded = Recorded(partial(update, optimizer, copies, recipe.gradient_clip, size, loss_of), steps)
         return recorded(*((rows,) if load is None else load(rows)))
+
+    if saved is not None and parameters[0].is_cuda:
+        # The steps before the first replay run again, for nothing, so that replays begin at the step at which they
+        # would have begun: a graph may round differently.
+        for rows in islice(batches(count, stage.batch_size, steps, seed), min(done, WARM_UP)):
+            memory.retry(partial(attempt, rows=rows), len(rows), where)
+        state.restore(saved)
 
     for step, rows in islice(enumerate(batches(count, stage.batch_size, steps, seed)), done, None):
         set_learning_rates(optimizer, learning_rate_factor(step, steps, recipe.warmup))
