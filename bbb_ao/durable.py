@@ -1,6 +1,5 @@
 """Files that are there whole or not at all, whatever ends the process, and a lock on a folder."""
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +55,9 @@ class Lock:
         Raises:
             ResourceError: another process holds it.
         """
+        # Of Unix alone; the rest of this module is needed elsewhere, too.
+        import fcntl
+
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
