@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test lint docs fuzz audit clean
+.PHONY: setup demo test lint docs fuzz kill audit clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,10 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+# 100 random kills of a tiny run, and one at every boundary of its writing; minutes.
+kill: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) -m benchmarks.kill --kills 100 --boundaries $(ARGS)
 
 # The book, in build/docs/index.html.
 docs: setup

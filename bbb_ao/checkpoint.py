@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from bbb_ao.convert import to_dense
+from bbb_ao.durable import fsync
 from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.huggingface import QUANT_METHOD, attach_quantizer
 from bbb_ao.manifest import write_manifest
@@ -28,7 +29,7 @@ RECIPE_FILE = "recipe.yaml"
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of `path` that becomes `path` when the body succeeds; on failure nothing is left.
 
-    Every file is fsynced before the rename.
+    Every file and folder is fsynced before the rename.
 
     Raises:
         RecipeError: the directory holds something, or is a file.
@@ -40,27 +41,18 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _fsync(file)
+        for entry in (*partial.rglob("*"), partial):
+            fsync(entry)
         if path.exists():
             path.rmdir()
         partial.rename(path)
-        _fsync(path.parent)
-    except OSError as error:
+        fsync(path.parent)
+    except (OSError, SafetensorError) as error:
         raise ResourceError(
             f"{path}: expected a writable directory, got: {error}; fix: free space or choose another"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_packed(model: Any, tokenizer: Any, path: str | Path, bits: int | None, recipe: str | None = None) -> None:

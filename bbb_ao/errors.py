@@ -5,7 +5,8 @@ class BitByBitError(Exception):
     """Base of all expected errors. The message names the thing, what was expected, what was found and the fix.
 
     Attributes:
-        exit_code: what `bbb-ao` exits with (2 usage or recipe, 3 model or checkpoint, 4 data, 5 resources, 6 numerics).
+        exit_code: what `bbb-ao` exits with (2 usage or recipe, 3 model or checkpoint, 4 data, 5 resources, 6 numerics,
+            7 resume).
     """
 
     exit_code = 1
@@ -39,3 +40,9 @@ class NumericsError(BitByBitError, ArithmeticError):
     """NaN, infinity or divergence. The message names the layer."""
 
     exit_code = 6
+
+
+class ResumeError(BitByBitError, RuntimeError):
+    """A run's saved state does not fit the command that is to continue it."""
+
+    exit_code = 7

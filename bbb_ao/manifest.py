@@ -7,6 +7,7 @@ lies; who can change the files can change it too, so that it proves no origin.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,13 +52,24 @@ def write_manifest(folder: Path) -> None:
         ModelError: one of its safetensors files is none.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    records = {path.relative_to(folder).as_posix(): _content(record_file(path)) for path in files}
-    text = json.dumps({"format_version": MANIFEST_VERSION, "files": records}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    records = {path.relative_to(folder).as_posix(): record_file(path) for path in files}
+    (folder / MANIFEST).write_text(manifest_text(records), encoding="utf-8")
+
+
+def manifest_text(records: Mapping[str, FileRecord]) -> str:
+    """The content of a manifest."""
+    files = {name: _content(record) for name, record in records.items()}
+    return json.dumps({"format_version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
 
 
 def _content(record: FileRecord) -> dict[str, Any]:
     return {name: value for name, value in asdict(record).items() if name != "tensors" or value}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record_file(path: Path) -> FileRecord:

@@ -70,28 +70,45 @@ def train(
     ] = None,
     device: DeviceOption = None,
     log: Annotated[str | None, typer.Option(metavar="FILE", help="JSON lines [DIR.log.jsonl].")] = None,
+    save_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Save the state every N steps.")] = 200,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what a stopped run left in DIR.run.")] = False,
+    amend: Annotated[bool, typer.Option("--amend", help="Go on with changed settings of unfinished stages.")] = False,
+    keep_stages: Annotated[
+        bool, typer.Option("--keep-stages", help="Leave each stage's checkpoint in DIR.run at the end.")
+    ] = False,
 ) -> None:
-    """Compress MODEL by a recipe, and save a directory that transformers loads."""
+    """Compress MODEL by a recipe, and save a directory that transformers loads; a run that was stopped goes on."""
     from bbb_ao.modeldir import check_model_directory, fetch_model
     from bbb_ao.outputs import check_log, check_output_directory, check_space
-    from bbb_ao.recipes.loader import load_recipe
+    from bbb_ao.recipes.identity import check_recipe
+    from bbb_ao.recipes.loader import dump_recipe, load_recipe
+    from bbb_ao.recipes.run_folder import RunFolder
 
     settings = load_recipe(recipe, overrides or [])
     directory = fetch_model(model)
-    # `compress` checks them again for its other callers; here they come before seconds of imports.
-    target = check_output_directory(output, directory)
     check_model_directory(directory)
-    check_space(output, directory, max(settings.stages[-1].widths))
+    folder = RunFolder(output, save_steps=save_steps, restart=restart, amend=amend, keep_stages=keep_stages)
+    # `compress` checks all of these again for its other callers; here they come before seconds of imports.
+    if not folder.folder.exists():
+        check_output_directory(output, directory)
+        check_space(output, directory, max(settings.stages[-1].widths))
+    target = Path(output).resolve()
     record = Path(log) if log is not None else target.with_name(f"{target.name}.log.jsonl")
     check_log(record, output, [directory, *data])
-    from bbb_ao.recipes.compress import compress
-    from bbb_ao.recipes.loading import choose_device
-    from bbb_ao.recipes.progress import Progress
+    with folder as run:
+        if not run.is_done(dump_recipe(settings)):
+            check_output_directory(output, directory)
+        check_recipe(run.record, settings, amend)
+        from bbb_ao.recipes.compress import compress
+        from bbb_ao.recipes.loading import choose_device
+        from bbb_ao.recipes.progress import Progress
 
-    place = choose_device(device)
-    command = _train_command(model, data, recipe, output, overrides or [], device, log)
-    with Progress(len(settings.stages), record) as progress:
-        result = compress(directory, settings, data, output, device=place, report=progress, command=command)
+        place = choose_device(device)
+        command = _train_command(model, data, recipe, output, overrides or [], device, log)
+        with Progress(len(settings.stages), record) as progress:
+            result = compress(
+                directory, settings, data, output, device=place, report=progress, run=run, command=command
+            )
     for plan in result.prepared.plans:
         for name, reason in plan.unsupported:
             typer.echo(f"left as it is in {plan.kind}: {name}: {reason}")

@@ -20,8 +20,11 @@ INTERNAL, USAGE, RESOURCES, INTERRUPTED, TERMINATED = 1, 2, 5, 130, 143
 RESOURCE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM, errno.EMFILE)
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; not an Exception, so that no handler on the way takes it for a failure of its own."""
+class Signalled(BaseException):
+    """SIGINT or SIGTERM arrived; not an Exception, so that no handler on the way takes it for a failure of its own."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None, load: Callable[[], Any] | None = None, name: str = "bbb-ao") -> int:
@@ -31,14 +34,15 @@ def main(arguments: Sequence[str] | None = None, load: Callable[[], Any] | None 
         load: imports and returns the typer application; None takes `bbb-ao`'s commands.
         name: of the program, for usage and errors.
     Returns:
-        the exit code: 0; 1 a bug; 2 usage or recipe; 3 model; 4 data; 5 resources; 6 numerics; 130 or 143 interrupted.
+        the exit code: 0; 1 a bug; 2 usage or recipe; 3 model; 4 data; 5 resources; 6 numerics; 7 resume; 130 or
+        143 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end]
     arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
     try:
-        with _termination(), _quiet(not debug):
+        with _signals(), _quiet(not debug):
             app = (load or _commands)()
             code = app(arguments, prog_name=name, standalone_mode=False)
             sys.stdout.flush()
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, load: Callable[[], Any] | None 
         # The reader of our output left (`bbb-ao inspect DIR | head`); keep Python's own flush at exit from failing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001  the outermost door
+    except (Exception, KeyboardInterrupt, Signalled) as error:  # noqa: BLE001  the outermost door
         code, message = explain(error)
         if debug:
             import traceback
@@ -71,8 +75,9 @@ def explain(error: BaseException) -> tuple[int, str]:
     # Older typer: Abort, for the same.
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return INTERRUPTED, "interrupted"
-    if isinstance(error, Terminated):
-        return TERMINATED, "terminated"
+    if isinstance(error, Signalled):
+        code, what = (TERMINATED, "terminated") if error.number == signal.SIGTERM else (INTERRUPTED, "interrupted")
+        return code, "; ".join([what, *getattr(error, "__notes__", ())])
     if isinstance(error, BitByBitError):
         return error.exit_code, str(error)
     # typer's usage errors; their module differs between its versions.
@@ -98,20 +103,26 @@ def escape(text: str) -> str:
 
 
 @contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM raises, so that temporary files are cleaned up as on an error."""
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise, so that temporary files are cleaned up as on an error.
 
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+    typer would turn a KeyboardInterrupt into an exit code, and lose what it says about going on.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Signalled(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, terminate)
+    # A shell starts background jobs with SIGINT ignored; that is kept.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ is the mean of all: what the blocks behind would make of an error counts, not it
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.recipes.loop_state import Saving
+from bbb_ao.recipes.memory import Memory
 from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows, stream_dtype
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall, Stream, advance, embed, record_calls, working_copy
@@ -35,6 +37,7 @@ class BlockRun:
         sequences: [sequences, tokens], int64; the last `generated` of them were written by the model itself.
         names, teacher_blocks, calls: of the decoder blocks, in order.
         entry: the stream that enters the first block.
+        memory: how much of it runs at once, and where streams are kept.
         kept: the full-precision stream behind each block, kept for the next stage where all of them fit into
             STREAM_BUDGET; it is the same in every stage.
     """
@@ -44,6 +47,7 @@ class BlockRun:
     recipe: Recipe
     device: torch.device
     generated: int = 0
+    memory: Memory = field(default_factory=Memory)
 
     def __post_init__(self) -> None:
         blocks = find_blocks(self.teacher)
@@ -51,19 +55,27 @@ class BlockRun:
         self.teacher_blocks = [block for _, block in blocks]
         calls = record_calls(self.teacher, self.teacher_blocks, self.sequences[:1])
         self.calls = [call.to(self.device) for call in calls]
-        self.entry = embed(
-            self.teacher, self.teacher_blocks[0], self.sequences, stream_dtype(self.device), self.recipe.cache
-        )
+        cache = "disk" if "disk" in (self.recipe.cache, self.memory.cache) else "memory"
+        self.entry = embed(self.teacher, self.teacher_blocks[0], self.sequences, stream_dtype(self.device), cache)
+        self.memory.streams.add(self.entry)
         self.kept: dict[int, Stream] = {}
 
     def behind(self, number: int, entering: Stream, block: nn.Module) -> Stream:
         """The full-precision stream behind block `number`; `block` is its working copy, `entering` what enters it."""
         if number in self.kept:
             return self.kept[number]
-        run = partial(self.run, self.calls[number], block)
-        leaving = advance(entering, run, self.device, self.micro_batch, self.names[number])
+        leaving = self.advance(number, entering, block)
         if entering.bytes * len(self.names) <= STREAM_BUDGET:
             self.kept[number] = leaving
+        return leaving
+
+    def advance(self, number: int, entering: Stream, block: nn.Module) -> Stream:
+        """The stream behind `block`, which stands on the device for block `number`."""
+        name, run = self.names[number], partial(self.run, self.calls[number], block)
+        leaving = self.memory.retry(
+            lambda size: advance(entering, run, self.device, size, name), self.micro_batch, name
+        )
+        self.memory.streams.add(leaving)
         return leaving
 
     @property
@@ -97,37 +109,57 @@ def train_block_stage(
     seed: int,
     on_block: Callable[[int, str, Fit], None] | None = None,
     on_step: Callable[[int, int, Callable[[], float]], None] | None = None,
+    first: int = 0,
+    saving: Callable[[int], Saving | None] = lambda number: None,
 ) -> list[Fit]:
-    """Train all blocks of the student for one stage, in order.
+    """Train blocks of the student for one stage, in order.
 
     Args:
         student_model: the prepared model, on the CPU; its blocks visit the device one at a time.
         higher: the stage before this one in the schedule, or None.
         seed: of the order of the sequences.
         on_block: called with (block number, name, result) after each block; on_step as in `fit`.
+        first: number of the first block to train; those before it are only run, to feed it.
+        saving: block number -> where its loop is saved; see `fit`.
     Returns:
-        one Fit for each block.
+        one Fit for each block that was trained.
     """
     inputs = stream_widths(stage, higher, run.recipe)
     chosen = stage_rows(stage, run.generated, len(run.sequences))
     teachers = Teachers(run)
     streams = dict.fromkeys(inputs, run.entry)
     fits = []
-    for number, (name, call) in enumerate(zip(run.names, run.calls, strict=True)):
-        student = student_model.get_submodule(name).to(run.device)
-        run_student = partial(run.run, call, student)
-        load, loss_of = _block_loss(run, stage, student, run_student, teachers.path(number), streams, inputs, chosen)
-        with codes_kept(student, stage, higher, run.teacher_blocks[number]):
-            result = fit(student.eval(), stage, run.recipe, len(chosen), loss_of, seed + number, name, on_step, load)
-        fits.append(result)
+    for number, name in enumerate(run.names):
+        student = student_model.get_submodule(name).to(run.device).eval()
+        path = teachers.path(number)
+        if number >= first:
+            load, loss_of = _block_loss(run, number, stage, student, path, streams, inputs, chosen)
+            with codes_kept(student, stage, higher, run.teacher_blocks[number]):
+                where = f"{name}: {stage.name}"
+                fits.append(
+                    fit(
+                        student,
+                        stage,
+                        run.recipe,
+                        len(chosen),
+                        loss_of,
+                        seed + number,
+                        where,
+                        on_step,
+                        load,
+                        run.memory,
+                        saving(number),
+                    )
+                )
+            # Before the block feeds the next one, so that what it learned is safe.
+            if on_block is not None:
+                on_block(number, name, fits[-1])
         if number + 1 < len(run.names):
             for width in streams:
                 set_training_bits(student, *width)
-                streams[width] = advance(streams[width], run_student, run.device, run.micro_batch, name)
+                streams[width] = run.advance(number, streams[width], student)
         set_training_bits(student, stage.widths[-1], stage.act_bits)
         student.requires_grad_(False).to("cpu")
-        if on_block is not None:
-            on_block(number, name, fits[-1])
     return fits
 
 
@@ -169,9 +201,9 @@ class Teachers:
 
 def _block_loss(
     run: BlockRun,
+    number: int,
     stage: Stage,
     student: nn.Module,
-    run_student: Callable[[Tensor], Tensor],
     path: list[Target],
     streams: dict[tuple[int | None, int | None], Stream],
     inputs: list[tuple[int | None, int | None]],
@@ -194,7 +226,7 @@ def _block_loss(
         for width, source, factor in active:
             hidden = states[sources.index(source)]
             set_training_bits(student, width, stage.act_bits)
-            output, wanted = run_student(hidden), hidden
+            output, wanted = run.run(run.calls[number], student, hidden), hidden
             for step, (target, change) in enumerate(zip(path, changes, strict=True)):
                 if step > 0:
                     output = target.block(output)

@@ -4,7 +4,8 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +18,18 @@ from bbb_ao.errors import DataError, RecipeError
 from bbb_ao.modeldir import check_model_directory, check_weights
 from bbb_ao.outputs import check_output_directory, check_space
 from bbb_ao.packed_head import find_head, pack_head
-from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.distill import train_model_stage
-from bbb_ao.recipes.generation import generate_sequences
+from bbb_ao.recipes.generation import GENERATED_AT_ONCE, generate_sequences
+from bbb_ao.recipes.identity import check_hashes, check_recipe, hash_inputs
+from bbb_ao.recipes.keeper import Keeper
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 from bbb_ao.recipes.machine import describe_device, peak_memory, versions
+from bbb_ao.recipes.memory import Memory
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
+from bbb_ao.recipes.run_folder import RunFolder
 from bbb_ao.recipes.stages import Recipe
 from bbb_ao.recipes.statistics import layer_errors
 from bbb_ao.storage import footprint
@@ -37,8 +42,12 @@ class Reporter(Protocol):
         """Something happened: one line of the log."""
         ...
 
-    def stage(self, number: int, name: str, blocks: int) -> None:
-        """A stage begins; `blocks` is 1 for an end-to-end stage."""
+    def notice(self, kind: str, text: str, **values: Any) -> None:
+        """Something happened that the user should read now: a sentence, and a line of the log."""
+        ...
+
+    def stage(self, number: int, name: str, blocks: int, done: int = 0) -> None:
+        """A stage begins; `blocks` is 1 for an end-to-end stage, `done` how many of them are finished already."""
         ...
 
     def step(self, step: int, steps: int, loss: Callable[[], float]) -> None:
@@ -54,7 +63,8 @@ class Silent:
     """A reporter that says nothing."""
 
     def event(self, kind: str, **values: Any) -> None: ...
-    def stage(self, number: int, name: str, blocks: int) -> None: ...
+    def notice(self, kind: str, text: str, **values: Any) -> None: ...
+    def stage(self, number: int, name: str, blocks: int, done: int = 0) -> None: ...
     def step(self, step: int, steps: int, loss: Callable[[], float]) -> None: ...
     def block(self, number: int, name: str, fit: Fit) -> None: ...
 
@@ -85,6 +95,7 @@ def train(
     device: torch.device | None = None,
     report: Reporter | None = None,
     generated: Tensor | None = None,
+    keeper: Keeper | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Result:
     """Run a recipe's stages on a model.
@@ -95,6 +106,7 @@ def train(
         device: where blocks are trained; None takes `choose_device()`.
         generated: text of the model's own for stages that ask for it, int64 [recipe.generated, tokens], as from
             `generate_sequences`; None lets the model write it now.
+        keeper: saves the run as it goes and continues it; None does neither.
         facts: further values of the log's first event, "run".
     Returns:
         the trained student on the CPU, float32 masters, at the last stage's widths.
@@ -108,7 +120,8 @@ def train(
     device = device or choose_device()
     with _evaluating(model):
         if recipe.generated and generated is None:
-            generated = generate_sequences(model, sequences, recipe.generated, recipe.seed, device)
+            write = partial(_generate, model, sequences, recipe, device, report or Silent())
+            generated = keeper.generated(write) if keeper else write()
         if recipe.generated and generated is not None:
             _check_sequences(generated, model)
             if tuple(generated.shape) != (recipe.generated, sequences.shape[1]):
@@ -117,7 +130,18 @@ def train(
                     "fix: generate as many sequences, of the same length"
                 )
             sequences = torch.cat([sequences, generated])
-        return _train(model, sequences, recipe, device, report or Silent(), facts or {})
+        return _train(model, sequences, recipe, device, report or Silent(), keeper, facts or {})
+
+
+def _generate(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Tensor:
+    # Its own limit: sequences written at once are no sequences trained on at once.
+    memory = Memory()
+    memory.notice = report.notice
+    return memory.retry(
+        lambda size: generate_sequences(model, sequences, recipe.generated, recipe.seed, device, size),
+        GENERATED_AT_ONCE,
+        "generation",
+    )
 
 
 def _train(
@@ -126,6 +150,7 @@ def _train(
     recipe: Recipe,
     device: torch.device,
     report: Reporter,
+    keeper: Keeper | None,
     facts: Mapping[str, Any],
 ) -> Result:
     """`train` on [calibration and generated sequences, tokens]."""
@@ -133,42 +158,40 @@ def _train(
     torch.manual_seed(recipe.seed)
     in_blocks = any(stage.scope == "block" and stage.text != "calibration" for stage in recipe.stages)
     own = recipe.generated if in_blocks else 0
-    run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own)
+    memory = keeper.memory if keeper else Memory(recipe.micro_batch, recipe.cache)
+    memory.notice = report.notice
+    run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own, memory)
     student = copy.deepcopy(model).float().cpu()
     prepared = prepare_student(student, recipe, run)
     # Not before: a run that is refused leaves no log.
-    _tell(report, facts, [len(sequences) - recipe.generated, sequences.shape[1]], device, prepared)
-    set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
-    report.event("layers", when="before", errors=layer_errors(run, student))
+    resumed = keeper is not None and keeper.resumed
+    told = dict(facts, resumed=resumed, sequences=[len(sequences) - recipe.generated, sequences.shape[1]])
+    _tell(report, told, device, prepared)
+    if keeper:
+        keeper.restore(student, report.notice)
+    if not resumed:
+        set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
+        report.event("layers", when="before", errors=layer_errors(run, student))
     report.event("prepared", **_cost(start, device))
     result = Result(student, prepared)
-    higher = None
-    for number, stage in enumerate(recipe.stages):
+    for number in range(len(recipe.stages)):
+        if keeper and number < keeper.stage:
+            result.fits.append(keeper.fits(number))
+            continue
         stage_start = time.perf_counter()
-        seed = recipe.seed + 10_000 * (number + 1)
-        if stage.epochs == 0:
-            result.fits.append([])
-        elif stage.scope == "block":
-            report.stage(number, stage.name, len(run.names))
-            result.fits.append(train_block_stage(run, student, stage, higher, seed, report.block, report.step))
-        else:
-            report.stage(number, stage.name, 1)
-            fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step, higher)
-            report.block(0, stage.name, fit)
-            result.fits.append([fit])
+        result.fits.append(_train_stage(run, student, sequences, number, report, keeper))
         report.event("stage_done", stage=number, **_cost(stage_start, device))
-        higher = stage
+        if keeper:
+            keeper.stage_done(student)
     set_training_bits(student, recipe.default_bits, recipe.stages[-1].act_bits)
     report.event("layers", when="after", errors=layer_errors(run, student))
     result.seconds = time.perf_counter() - start
     return result
 
 
-def _tell(
-    report: Reporter, facts: Mapping[str, Any], shape: list[int], device: torch.device, prepared: Prepared
-) -> None:
+def _tell(report: Reporter, facts: Mapping[str, Any], device: torch.device, prepared: Prepared) -> None:
     """Begin the log: what the run depends on, and what preparation found."""
-    report.event("run", **facts, sequences=shape, device=describe_device(device), versions=versions())
+    report.event("run", **facts, device=describe_device(device), versions=versions())
     for plan in prepared.plans:
         report.event("plan", blocks=len(plan.blocks), plan=str(plan))
     for site in prepared.channels:
@@ -178,6 +201,54 @@ def _tell(
 def _cost(start: float, device: torch.device) -> dict[str, Any]:
     """What the phase since `start` took, for the log."""
     return {"phase_seconds": round(time.perf_counter() - start, 3), **peak_memory(device)}
+
+
+def _train_stage(
+    run: BlockRun, student: nn.Module, sequences: Tensor, number: int, report: Reporter, keeper: Keeper | None
+) -> list[Fit]:
+    """One stage of `_train`, from the block at which it stopped; a Fit for each block."""
+    recipe, stage = run.recipe, run.recipe.stages[number]
+    if stage.epochs == 0:
+        set_training_bits(student, stage.widths[-1], stage.act_bits)
+        return []
+    seed = recipe.seed + 10_000 * (number + 1)
+    higher = recipe.stages[number - 1] if number else None
+    in_blocks = stage.scope == "block"
+    done, fits = (keeper.block, keeper.fits(number)) if keeper else (0, [])
+    report.stage(number, stage.name, len(run.names) if in_blocks else 1, done)
+
+    def block_done(block: int, name: str, fit: Fit) -> None:
+        report.block(block, name, fit)
+        if keeper:
+            names = (name,) if in_blocks else run.names
+            keeper.blocks_done(block, {each: student.get_submodule(each) for each in names}, fit)
+
+    if in_blocks:
+        if done < len(run.names):
+            saving = keeper.loop if keeper else lambda block: None
+            fits += train_block_stage(
+                run, student, stage, higher, seed, block_done, report.step, first=done, saving=saving
+            )
+    elif not done:
+        saving = keeper.loop(0) if keeper else None
+        fits.append(
+            train_model_stage(
+                run.teacher,
+                student,
+                sequences,
+                stage,
+                recipe,
+                run.device,
+                seed,
+                report.step,
+                run.memory,
+                saving,
+                higher,
+            )
+        )
+        block_done(0, stage.name, fits[-1])
+    set_training_bits(student, stage.widths[-1], stage.act_bits)
+    return fits
 
 
 @contextmanager
@@ -220,6 +291,7 @@ def compress(
     tokenizer: Any = None,
     device: torch.device | None = None,
     report: Reporter | None = None,
+    run: RunFolder | None = None,
     command: str | None = None,
 ) -> Result:
     """Quantize a model by a recipe and save the packed result.
@@ -230,11 +302,14 @@ def compress(
         data: files or folders (see `data.load_documents`), or calibration ids, int64 [sequences, tokens].
         output_dir: written at the end, whole or not at all; must be empty or absent, and not the model's directory.
         tokenizer: needed with a model object and data that is text; saved beside the weights.
+        run: the open folder of the run's state, with which a run that was stopped goes on: `with RunFolder(output_dir)
+            as run: compress(..., run=run)`. None keeps no state.
         command: how the run was started, for its log.
     Returns:
         the packed model with its figures.
     Raises:
         RecipeError, ModelError, DataError, ResourceError, NumericsError: one line each, before anything is written.
+        ResumeError: the run began with another recipe, model or data.
     """
     if not isinstance(recipe, Recipe):
         from bbb_ao.recipes.loader import load_recipe
@@ -244,28 +319,51 @@ def compress(
 
     # Before training, so that what cannot be written is refused now.
     resolved = dump_recipe(recipe)
-    check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    if not (run and run.is_done(resolved)):
+        check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    changed = check_recipe(run.record, recipe, run.amend) if run else set()
     if not isinstance(data, Tensor):
         from bbb_ao.recipes.data import resolve_sources
 
         resolve_sources(data)
+    hashes = hash_inputs(model_or_path, data) if run else {}
+    if run:
+        check_hashes(run.record, hashes)
     model, tokenizer = _load(model_or_path, tokenizer)
     if isinstance(model_or_path, str | Path):
         check_space(output_dir, Path(model_or_path), max(recipe.stages[-1].widths))
     sequences = _sequences(data, tokenizer, recipe, model)
+    keeper = Keeper(run, recipe, hashes, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
     device, report = device or choose_device(), report or Silent()
     facts = {
         "command": command,
         "model": str(model_or_path) if isinstance(model_or_path, str | Path) else type(model).__name__,
         "recipe": resolved,
     }
-    result = train(model, sequences, recipe, device, report, facts=facts)
+    result = train(model, sequences, recipe, device, report, keeper=keeper, facts=facts)
     start = time.perf_counter()
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
-    save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
+    if not (run and run.is_done(resolved)):
+        save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
     report.event("saved", bits_per_weight=result.bits_per_weight, **_cost(start, device))
+    if run:
+        run.finish()
     return result
+
+
+def _save_stage(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, student: nn.Module, number: int, folder: Path
+) -> None:
+    """Save the checkpoint of a stage, as if it had been the last one; the student is not changed."""
+    from bbb_ao.recipes.loader import dump_recipe
+
+    stage = recipe.stages[number]
+    until = replace(recipe, stages=recipe.stages[: number + 1], default_bits=stage.narrowest)
+    # A copy but for the masters, which would fill the memory a second time.
+    shared = {id(tensor): tensor for linear in qat_linears(student).values() for tensor in linear.parameters()}
+    packed = pack(copy.deepcopy(student, shared), model, until)
+    save_packed(packed, tokenizer, folder, until.default_bits, dump_recipe(until))
 
 
 def _load(model_or_path: Any, tokenizer: Any) -> tuple[Any, Any]:

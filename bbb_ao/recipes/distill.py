@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.recipes.loop_state import Saving
+from bbb_ao.recipes.memory import Memory
 from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import record_calls
@@ -101,6 +103,8 @@ def train_model_stage(
     device: torch.device,
     seed: int,
     on_step: Callable[[int, int, Callable[[], float]], None] | None = None,
+    memory: Memory | None = None,
+    saving: Saving | None = None,
     higher: Stage | None = None,
 ) -> Fit:
     """Train the student's blocks end to end for one stage; embeddings, head and final norm stay as they are.
@@ -108,10 +112,11 @@ def train_model_stage(
     Args:
         sequences: [sequences, tokens], int64; the last `recipe.generated` of them are generated.
         teacher: in evaluation mode.
-        seed, on_step: as in `fit`.
+        seed, on_step, memory, saving: as in `fit`.
         higher: the stage before this one in the schedule, or None.
     """
     student.requires_grad_(False)
+    memory = memory or Memory(recipe.micro_batch)
     home = next(teacher.parameters()).device
     blocks = nn.ModuleList([student.get_submodule(name) for name, _ in find_blocks(student)])
     twins = nn.ModuleList([block for _, block in find_blocks(teacher)])
@@ -124,9 +129,10 @@ def train_model_stage(
         return (sequences[rows].to(device),)
 
     try:
-        loss_of = _model_loss(teacher, student, sequences, stage, recipe, device)
+        loss_of = _model_loss(teacher, student, sequences, stage, device, recipe.micro_batch or 4, memory)
         with codes_kept(blocks, stage, higher, twins), usual_masks(teacher, student, sequences[:1]):
-            return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step, load)
+            count = len(sequences)
+            return fit(blocks, stage, recipe, count, loss_of, seed, stage.name, on_step, load, memory, saving)
     finally:
         set_training_bits(student, stage.widths[-1], stage.act_bits)
         student.requires_grad_(False).to("cpu")
@@ -134,13 +140,21 @@ def train_model_stage(
 
 
 def _model_loss(
-    teacher: nn.Module, student: nn.Module, sequences: Tensor, stage: Stage, recipe: Recipe, device: torch.device
+    teacher: nn.Module,
+    student: nn.Module,
+    sequences: Tensor,
+    stage: Stage,
+    device: torch.device,
+    micro_batch: int,
+    memory: Memory,
 ) -> Callable[[Tensor], Tensor]:
     """The loss of a micro-batch of ids, [batch, tokens], summed over the stage's widths with their weights."""
     factors = stage.loss_weights or (1.0,) * len(stage.widths)
     reverse = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(stage.objective)
     if stage.objective == "mixed_kl":
-        reverse = confidence(teacher, sequences, recipe.micro_batch or min(4, len(sequences)), device)
+        reverse = memory.retry(
+            lambda size: confidence(teacher, sequences, size, device), min(micro_batch, len(sequences)), stage.name
+        )
 
     def loss_of(ids: Tensor) -> Tensor:
         target = None

@@ -8,6 +8,7 @@ from bbb_ao.recipes.optimization import autocast
 
 # Tokens of calibration text that each sequence starts with, so that the sequences differ in subject.
 PROMPT = 4
+GENERATED_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def generate_sequences(
     count: int,
     seed: int,
     device: torch.device,
-    batch_size: int = 64,
+    batch_size: int = GENERATED_AT_ONCE,
     temperature: float = 1.0,
     prompt: int = PROMPT,
 ) -> Tensor:

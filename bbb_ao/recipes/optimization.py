@@ -5,15 +5,23 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from bbb_ao.errors import NumericsError
+from bbb_ao.errors import NumericsError, ResourceError
 from bbb_ao.qat_linear import QATLinear, qat_linears
-from bbb_ao.recipes.replay import Recorded
+from bbb_ao.recipes.loop_state import LoopState, Saving, TailAverage
+from bbb_ao.recipes.memory import Memory
+from bbb_ao.recipes.replay import WARM_UP, Recorded
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.splitting import split_mask
+
+# Losses are looked at every so many steps.
+CHECKED = 50
+DIVERGED = 3.0
+LOWER = "fix: lower the stage's lr"
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
@@ -121,27 +129,6 @@ class CopiesRate:
                 linear.weight[:, columns] = torch.lerp(old, linear.weight[:, columns], self.factor)
 
 
-class TailAverage:
-    """The mean of parameters over the last `share` of `steps` steps; 0 keeps their last values."""
-
-    def __init__(self, parameters: list[Tensor], share: float, steps: int) -> None:
-        self.parameters = [parameter.detach() for parameter in parameters]
-        self.first = steps - round(share * steps)
-        self.means: list[Tensor] = []
-
-    def after(self, step: int) -> None:
-        """Take in the values after step `step`, from 0."""
-        if step == self.first:
-            self.means = [parameter.clone() for parameter in self.parameters]
-        elif step > self.first:
-            torch._foreach_lerp_(self.means, self.parameters, 1 / (step - self.first + 1))
-
-    def finish(self) -> None:
-        """Set the parameters to their means."""
-        if self.means:
-            torch._foreach_copy_(self.parameters, self.means)
-
-
 @contextmanager
 def codes_kept(module: nn.Module, stage: Stage, higher: Stage | None, teacher: nn.Module) -> Iterator[None]:
     """Keep what a stage must keep of every code below `module`.
@@ -220,25 +207,37 @@ def update(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     copies: CopiesRate,
-    recipe: Recipe,
+    clip: float | None,
+    micro_batch: int,
     loss_of: Callable[..., Tensor],
     *batch: Tensor,
 ) -> Tensor:
-    """One optimizer step of `module` on a batch, in micro-batches; the mean loss before it, a scalar on the device."""
+    """One optimizer step of `module` on a batch, in micro-batches; the mean loss before it, a scalar on the device.
+
+    Raises:
+        torch.OutOfMemoryError: with every parameter as it was.
+        ResourceError: memory ran out in the optimizer's step.
+    """
     optimizer.zero_grad(set_to_none=True)
     size = len(batch[0])
     losses = []
-    for part in zip(*(tensor.split(recipe.micro_batch or size) for tensor in batch), strict=True):
+    for part in zip(*(tensor.split(micro_batch) for tensor in batch), strict=True):
         loss = loss_of(*part) * (len(part[0]) / size)
         loss.backward()
         losses.append(loss.detach())
-    if recipe.gradient_clip is not None:
+    if clip is not None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
     before = copies.before()
-    optimizer.step()
-    copies.after(before)
-    clamp_to_bounds(module)
+    try:
+        optimizer.step()
+        copies.after(before)
+        clamp_to_bounds(module)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"optimizer: memory: expected room for its state, got: {str(error).splitlines()[0]}; "
+            "fix: use a device with more, or block stages alone"
+        ) from error
     return torch.stack(losses).sum()
 
 
@@ -258,6 +257,8 @@ def fit(
     where: str,
     on_step: Callable[[int, int, Callable[[], float]], None] | None = None,
     load: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    memory: Memory | None = None,
+    saving: Saving | None = None,
 ) -> Fit:
     """Train `module` for one stage with AdamW (no weight decay), gradient clipping and the stage's schedule.
 
@@ -265,44 +266,87 @@ def fit(
         count: calibration sequences.
         loss_of: mean loss of a micro-batch of what `load` gave; its gradient is accumulated over a batch.
         seed: of the order of the sequences.
-        where: names the module in errors.
+        where: names the module and the stage in errors.
         on_step: called with (step, steps, loss) after every step; `loss()` reads the last loss back from the device.
         load: what `loss_of` reads for a batch of sequence numbers, each [batch, ...]; on a GPU such a step is recorded
             (see `replay`). None: the sequence numbers themselves.
+        memory: sets the micro-batch where memory runs out; None starts with the recipe's.
+        saving: where to take the loop up and to save it; None does neither. The result is the same, bit for bit.
     Raises:
-        NumericsError: a loss, or at the end a parameter, that is NaN or infinite; the message names `where` and the
-            step (from 1).
+        NumericsError: a loss, or at a save or the end a parameter, that is NaN or infinite, or losses that grow (see
+            `check_losses`); the message names `where` and the step (from 1).
+        ResourceError: memory does not suffice for one sequence.
     """
     groups = trainable_groups(module, stage, recipe.train_norms)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups)
     steps = stage_steps(stage, count)
     copies = CopiesRate(module, recipe.copies_lr_factor)
-    recorded = Recorded(partial(update, module, optimizer, copies, recipe, loss_of), steps)
-    average = TailAverage(parameters, recipe.average, steps)
-    history: list[Tensor] = []
-    for step, rows in enumerate(batches(count, stage.batch_size, steps, seed)):
+    memory = memory or Memory(recipe.micro_batch)
+    state = LoopState(parameters, optimizer, TailAverage(parameters, recipe.average, steps))
+    saved = saving.load() if saving else None
+    done = 0 if saved is None else state.restore(saved)
+    recorded, reliefs = None, 0
+
+    def attempt(size: int, rows: Tensor) -> Tensor:
+        nonlocal recorded, reliefs
+        if recorded is None or reliefs != memory.reliefs:
+            reliefs = memory.reliefs
+            recorded = Recorded(partial(update, module, optimizer, copies, recipe.gradient_clip, size, loss_of), steps)
+        return recorded(*((rows,) if load is None else load(rows)))
+
+    if saved is not None and parameters[0].is_cuda:
+        # The steps before the first replay run again, for nothing, so that replays begin at the step at which they
+        # would have begun: a graph may round differently.
+        for rows in islice(batches(count, stage.batch_size, steps, seed), min(done, WARM_UP)):
+            memory.retry(partial(attempt, rows=rows), len(rows), where)
+        state.restore(saved)
+
+    for step, rows in islice(enumerate(batches(count, stage.batch_size, steps, seed)), done, None):
         set_learning_rates(optimizer, learning_rate_factor(step, steps, recipe.warmup))
-        history.append(recorded(*((rows,) if load is None else load(rows))))
-        average.after(step)
-        # Reading the loss waits for the device, so divergence is looked for now and then.
-        if step % 50 == 49 or step == steps - 1:
-            _check_finite(history[-50:], step, where)
+        state.losses.append(memory.retry(partial(attempt, rows=rows), len(rows), where))
+        state.average.after(step)
+        due = saving is not None and (step + 1) % saving.steps == 0 and step + 1 < steps
+        # Reading the losses waits for the device, so divergence is looked for now and then.
+        if due or step % CHECKED == CHECKED - 1 or step == steps - 1:
+            check_losses(state.losses, where)
+        if due and saving is not None:
+            # A gradient that overflowed in the last step shows in no loss yet.
+            _check_parameters(parameters, step, where)
+            saving.save(step + 1, state.tensors())
         if on_step is not None:
-            on_step(step + 1, steps, history[-1].item)
-    average.finish()
+            on_step(step + 1, steps, state.losses[-1].item)
+    state.average.finish()
     # Gradients of finished blocks would fill the memory.
     optimizer.zero_grad(set_to_none=True)
-    # A gradient that overflows in the last step shows in no loss.
-    _check_finite([torch.stack([p.detach().float().norm() for p in parameters]).sum()], steps - 1, where, "a weight")
-    values = torch.stack(history).float().cpu()
+    _check_parameters(parameters, steps - 1, where)
+    values = torch.stack(state.losses).float().cpu()
     tenth = max(1, steps // 10)
-    return Fit(values[:tenth].mean().item(), values[-tenth:].mean().item(), steps, recorded.how)
+    how = recorded.how if recorded else "eager: not called"
+    return Fit(values[:tenth].mean().item(), values[-tenth:].mean().item(), steps, how)
 
 
-def _check_finite(values: list[Tensor], step: int, where: str, what: str = "the loss") -> None:
-    """Refuse NaN and infinity among the values of the steps that end with `step` (from 0)."""
-    finite = torch.isfinite(torch.stack(values)).cpu()
+def check_losses(losses: list[Tensor], where: str) -> None:
+    """Refuse a loss that is NaN or infinite among the last CHECKED, and their mean where it has grown.
+
+    Diverging: a mean above DIVERGED and above DIVERGED times the first loss. A block loss of 1 is as bad as leaving the
+    block out.
+
+    Args:
+        losses: of all steps so far, scalars on the device.
+    """
+    last = torch.stack(losses[-CHECKED:]).float().cpu()
+    finite = torch.isfinite(last)
     if not bool(finite.all()):
-        bad = step - len(values) + 2 + int((~finite).nonzero()[0])
-        raise NumericsError(f"{where}: {what} is NaN or infinite at step {bad}; fix: lower the stage's lr")
+        bad = len(losses) - len(last) + 1 + int((~finite).nonzero()[0])
+        raise NumericsError(f"{where}: the loss is NaN or infinite at step {bad}; {LOWER}")
+    first = losses[0].item()
+    if (mean := last.mean().item()) > DIVERGED * max(1.0, first):
+        raise NumericsError(
+            f"{where}: the loss has grown from {first:.3g} to {mean:.3g} at step {len(losses)}; {LOWER}"
+        )
+
+
+def _check_parameters(parameters: list[Tensor], step: int, where: str) -> None:
+    if not bool(torch.isfinite(torch.stack([p.detach().float().norm() for p in parameters]).sum())):
+        raise NumericsError(f"{where}: a weight is NaN or infinite at step {step + 1}; {LOWER}")

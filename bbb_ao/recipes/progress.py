@@ -83,7 +83,7 @@ class Progress:
         self._log = JsonLog(log) if log else None
         console = Console(file=self._stream)
         self._bars = Bars(*_columns(), console=console, transient=True) if console.is_terminal else None
-        self._stages, self._blocks, self._done = stages, 0, 0
+        self._stages, self._blocks, self._done, self._before = stages, 0, 0, 0
         self._name = ""
         self._stage_start = self._spoke = time.monotonic()
 
@@ -105,14 +105,25 @@ class Progress:
         if self._log:
             self._log.write(kind, **values)
 
-    def stage(self, number: int, name: str, blocks: int) -> None:
-        """A stage begins: its number from 0, its name, and how many blocks it trains (1 for an end-to-end stage)."""
-        self._name = f"stage {number + 1}/{self._stages} {name}"
-        self._blocks, self._done = blocks, 0
-        self._stage_start = self._spoke = time.monotonic()
-        self.event("stage", stage=number, name=name, blocks=blocks)
+    def notice(self, kind: str, text: str, **values: Any) -> None:
+        """A line for the reader, and one of the log."""
+        self.event(kind, text=text, **values)
         if self._bars:
-            self._bars.reset(self._block_bar, total=blocks, description=self._name, unit="blocks", loss="")
+            self._bars.console.print(text, highlight=False, markup=False)
+        else:
+            self._line(text)
+
+    def stage(self, number: int, name: str, blocks: int, done: int = 0) -> None:
+        """A stage begins: its number from 0, its name, how many blocks it trains (1 for an end-to-end stage), and how
+        many of these were done before."""
+        self._name = f"stage {number + 1}/{self._stages} {name}"
+        self._blocks, self._done, self._before = blocks, done, done
+        self._stage_start = self._spoke = time.monotonic()
+        self.event("stage", stage=number, name=name, blocks=blocks, done=done)
+        if self._bars:
+            self._bars.reset(
+                self._block_bar, total=blocks, completed=done, description=self._name, unit="blocks", loss=""
+            )
 
     def step(self, step: int, steps: int, loss: Callable[[], float]) -> None:
         """Step `step` (from 1) of `steps` of the current block is done; `loss()` may wait for the device."""
@@ -135,7 +146,8 @@ class Progress:
         if self._bars:
             self._bars.update(self._block_bar, completed=self._done)
             return
-        left = (time.monotonic() - self._stage_start) / self._done * (self._blocks - self._done)
+        each = (time.monotonic() - self._stage_start) / (self._done - self._before)
+        left = each * (self._blocks - self._done)
         self._line(
             f"{self._name}: block {self._done}/{self._blocks} done, loss {fit.last_loss:.3e}, {left:.0f} s left in it"
         )

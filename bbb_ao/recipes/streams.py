@@ -42,6 +42,12 @@ class Stream:
         """An empty stream of the same shape, type and place."""
         return Stream(*self.states.shape, dtype=self.states.dtype, cache=self.cache)
 
+    def move_to_disk(self) -> None:
+        """Give back the memory of the states; see `cache`."""
+        if self.cache != "disk":
+            moved = _map_file(self.states.numel(), self.states.dtype).view(self.states.shape)
+            self.states, self.cache = moved.copy_(self.states), "disk"
+
     def read(self, rows: Tensor | slice, device: torch.device) -> Tensor:
         """The states of these sequences on `device`, float32."""
         return self.states[rows].to(device, non_blocking=True).float()

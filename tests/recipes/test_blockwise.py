@@ -230,7 +230,7 @@ def test_a_student_that_diverges_is_named_with_its_block(prepared, run):
     student = prepared("llama")
     with torch.no_grad():
         student.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NumericsError, match=r"^model\.layers\.1: the loss is NaN or infinite at step 1"):
+    with pytest.raises(NumericsError, match=r"^model\.layers\.1: w2a16: the loss is NaN or infinite at step 1"):
         train_block_stage(run("llama"), student, stage(epochs=1), None, 0)
 
 

@@ -206,7 +206,7 @@ def test_one_seed_gives_one_checkpoint_and_progress_is_told(make_model, make_rec
         def event(self, kind, **values):
             told.append(kind)
 
-        def stage(self, number, name, blocks):
+        def stage(self, number, name, blocks, done=0):
             told.append((number, name, blocks))
 
         def block(self, number, name, fit):
