@@ -22,6 +22,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
 QUANT_METHOD = "bitbybit"
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 MOST_JSON_BYTES = 64 * 2**20
 MOST_LEVELS = 32
 JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
@@ -56,6 +57,20 @@ def check_model_directory(model: str | Path, allow_bitbybit: bool = False) -> di
         name = error.filename or directory
         raise ModelError(f"{name}: file: expected it readable, got {error.strerror}; fix: check permissions") from None
     return config
+
+
+def check_config(model: str | Path) -> dict[str, Any]:
+    """The config.json of a full-precision model, which need not have its weights yet.
+
+    Raises:
+        ModelError: as `check_model_directory`, for this file alone.
+    """
+    try:
+        return _check_config(Path(model), allow_bitbybit=False)
+    except OSError as error:
+        raise ModelError(
+            f"{model}/{CONFIG}: file: expected it readable, got {error.strerror}; fix: check permissions"
+        ) from None
 
 
 def check_output_directory(output: str | Path, model: str | Path | None = None) -> Path:
@@ -159,9 +174,11 @@ def _levels(data: Any) -> int:
     return levels
 
 
-def fetch_model(model: str | Path) -> Path:
+def fetch_model(model: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
     """The directory of a model: as given, or downloaded from the hub (without pickles and code) into its cache.
 
+    Args:
+        patterns: names of the files to download.
     Raises:
         ModelError: nothing there, or a hub id that cannot be downloaded.
     """
@@ -182,9 +199,7 @@ def fetch_model(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client, its network library and the disk each raise their own
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(

@@ -1,0 +1,148 @@
+"""What one training step or forward pass holds at its worst moment, traced on tensors without values.
+
+The blocks, the fake quantization and autograd are the real ones, so the sum over activations, intermediates saved for
+the backward pass, casts and gradients needs no formula for each architecture.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from bbb_ao.passes import find_blocks
+from bbb_ao.planning.live_bytes import peak_bytes
+from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.recipes.distill import masks_given, stage_loss
+from bbb_ao.recipes.optimization import autocast, codes_kept, trainable_groups
+from bbb_ao.recipes.stages import Recipe, Stage
+from bbb_ao.recipes.streams import BlockCall
+
+
+def materialize(module: nn.Module, device: torch.device, fill: Callable[[Tensor], Any] = lambda tensor: None) -> Any:
+    """A copy of a module of the meta device with memory on `device`: zeros, floating-point ones passed to `fill`."""
+    held: dict[int, Any] = {}
+    for tensor in _tensors(module):
+        value = torch.zeros_like(tensor, device=device, requires_grad=False)
+        if value.is_floating_point():
+            fill(value)
+        held[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    # What the memo holds is not copied.
+    return copy.deepcopy(module, held)
+
+
+def materialize_call(call: BlockCall, device: torch.device) -> BlockCall:
+    """A call recorded on the meta device with zeros on `device`, and full masks."""
+
+    def held(tensor: Tensor) -> Tensor:
+        make = torch.ones_like if tensor.dtype == torch.bool else torch.zeros_like
+        return make(tensor, device=device)
+
+    args, kwargs = tree_map_only(Tensor, held, (call.args, dict(call.kwargs)))
+    return BlockCall(args, kwargs)
+
+
+def step_loss(
+    student: nn.Module, call: BlockCall, stage: Stage, states: tuple[Tensor, ...], target: Tensor
+) -> Tensor:
+    """The block loss of a micro-batch, summed over the stage's widths (`blockwise`, without its constants).
+
+    Args:
+        states: what enters the block, [batch, tokens, hidden], for each width; fewer where widths share it.
+        target: [batch, tokens, hidden].
+    """
+    total = torch.zeros((), device=target.device)
+    for number, width in enumerate(stage.widths):
+        set_training_bits(student, width, stage.act_bits)
+        with autocast(target.device):
+            output = call(student, states[min(number, len(states) - 1)]).float()
+        total = total + (output - target).square().mean()
+    return total
+
+
+def trained_bytes(block: nn.Module, stage: Stage, recipe: Recipe) -> int:
+    """Of the parameters that a stage trains, float32."""
+    block = copy.deepcopy(block)
+    with codes_kept(block, stage):
+        groups = trainable_groups(block, stage, recipe.train_norms)
+        return sum(4 * parameter.numel() for group in groups for parameter in group["params"])
+
+
+def step_bytes(
+    block: nn.Module,
+    call: BlockCall,
+    stage: Stage,
+    recipe: Recipe,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    accumulates: bool,
+) -> int:
+    """Activations, fake-quantized tensors, casts and gradients of one optimizer step of a block, at the worst moment.
+
+    Args:
+        block: the prepared block, on the meta device.
+        shape: [micro-batch, tokens, hidden].
+        accumulates: gradients are there from the start, from the second micro-batch on.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        student, call = materialize(block, device).eval(), materialize_call(call, device)
+        hidden, target = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        trainable_groups(student, stage, recipe.train_norms)
+        with codes_kept(student, stage):
+
+            def step() -> None:
+                for _ in range(1 + accumulates):
+                    step_loss(student, call, stage, (hidden,), target).backward()
+
+            return peak_bytes(step, [_tensors(student), call.args, call.kwargs, hidden, target])
+
+
+def model_step_bytes(
+    model: nn.Module,
+    student: nn.Module,
+    calls: list[BlockCall],
+    stage: Stage,
+    recipe: Recipe,
+    shape: tuple[int, int],
+    device: torch.device,
+    accumulates: bool,
+) -> int:
+    """The same for an end-to-end step of a model: both models' logits, and all blocks' activations and gradients.
+
+    Args:
+        model, student: on the meta device, the student prepared.
+        calls: of the model's blocks.
+        shape: [micro-batch, tokens].
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        teacher, held_student = pair = [materialize(each, device).eval() for each in (model, student)]
+        held = [materialize_call(call, device) for call in calls]
+        held_student.requires_grad_(False)
+        trained = nn.ModuleList([block for _, block in find_blocks(held_student)])
+        trainable_groups(trained, stage, recipe.train_norms)
+        ids = torch.zeros(shape, dtype=torch.int64, device=device)
+        # A share of a half computes both divergences.
+        reverse = {"forward_kl": 0.0, "reverse_kl": 1.0, "mixed_kl": 0.5}.get(stage.objective)
+        with codes_kept(trained, stage), masks_given(pair, held):
+
+            def step() -> None:
+                for _ in range(1 + accumulates):
+                    stage_loss(teacher, held_student, stage, reverse, ids).backward()
+
+            return peak_bytes(step, [*map(_tensors, pair), [(call.args, call.kwargs) for call in held], ids])
+
+
+def shortened(model: nn.Module, blocks: int) -> nn.Module:
+    """A copy of a model of the meta device with its first blocks alone."""
+    result: Any = copy.deepcopy(model)
+    (first, _), *_ = find_blocks(result)
+    del result.get_submodule(first.rpartition(".")[0])[blocks:]
+    result.config.get_text_config().num_hidden_layers = blocks
+    return result
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
