@@ -146,9 +146,9 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as shape:
-        AutoConfig.for_model("llama", **SHAPE_8B, num_hidden_layers=2, vocab_size=1024, dtype="bfloat16").save_pretrained(
-            shape
-        )
+        AutoConfig.for_model(
+            "llama", **SHAPE_8B, num_hidden_layers=2, vocab_size=1024, dtype="bfloat16"
+        ).save_pretrained(shape)
         directories = {"demo": DEMO, "testbed": arguments.testbed, "8b": shape if device.type == "cuda" else None}
         for model in arguments.models:
             for case in range(len(CASES[model])) if directories[model] else ():

@@ -53,6 +53,11 @@ class Job:
         """Number of the block with the most weights; the last of equal ones."""
         return max(range(len(self.blocks)), key=lambda number: (tensor_bytes(self.blocks[number]), number))
 
+    @cached_property
+    def traced(self) -> dict[Any, int]:
+        """Traces that were made, by what they depend on."""
+        return {}
+
     @property
     def on_cpu(self) -> bool:
         """The device is the host."""

@@ -5,7 +5,7 @@ that of its host terms; on a CPU the host holds both. Everything is in bytes and
 traced (see `trace`), the other terms count tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -145,7 +145,11 @@ def step(job: Job, stage: Stage) -> int:
     """Activations, fake-quantized tensors and gradients of a step, at the worst moment."""
     shape = (job.micro_batch(stage), job.recipe.sequence_length, job.hidden)
     block, call = job.blocks[job.largest], job.calls[job.largest]
-    return step_bytes(block, call, stage, job.recipe, shape, job.device, job.accumulates(stage))
+
+    def trace() -> int:
+        return step_bytes(block, call, stage, job.recipe, shape, job.device, job.accumulates(stage))
+
+    return _traced_once(job, stage, trace)
 
 
 def model_step(job: Job, stage: Stage) -> int:
@@ -160,7 +164,21 @@ def model_step(job: Job, stage: Stage) -> int:
         pair = (shortened(job.model, count), shortened(job.student, count))
         return model_step_bytes(*pair, job.calls[:count], stage, job.recipe, shape, job.device, job.accumulates(stage))
 
-    return short(1) if blocks == 1 else short(1) + (blocks - 1) * (short(2) - short(1))
+    def trace() -> int:
+        first = short(1)
+        return first if blocks == 1 else first + (blocks - 1) * (short(2) - first)
+
+    return _traced_once(job, stage, trace)
+
+
+def _traced_once(job: Job, stage: Stage, trace: Callable[[], int]) -> int:
+    """The trace of the first stage that holds the same tensors: those of a width differ in their values alone."""
+    sliced = job.recipe.grid.kind == "integer" and min(stage.widths) < 8
+    key = (len(stage.widths), sliced, stage.act_bits is None, stage.train, stage.scope, stage.objective)
+    key += (job.micro_batch(stage), job.accumulates(stage))
+    if key not in job.traced:
+        job.traced[key] = trace()
+    return job.traced[key]
 
 
 def calls(job: Job) -> int:

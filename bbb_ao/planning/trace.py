@@ -45,20 +45,17 @@ def materialize_call(call: BlockCall, device: torch.device) -> BlockCall:
     return BlockCall(args, kwargs)
 
 
-def step_loss(
-    student: nn.Module, call: BlockCall, stage: Stage, states: tuple[Tensor, ...], target: Tensor
-) -> Tensor:
+def step_loss(student: nn.Module, call: BlockCall, stage: Stage, hidden: Tensor, target: Tensor) -> Tensor:
     """The block loss of a micro-batch, summed over the stage's widths (`blockwise`, without its constants).
 
     Args:
-        states: what enters the block, [batch, tokens, hidden], for each width; fewer where widths share it.
-        target: [batch, tokens, hidden].
+        hidden, target: [batch, tokens, hidden].
     """
     total = torch.zeros((), device=target.device)
-    for number, width in enumerate(stage.widths):
+    for width in stage.widths:
         set_training_bits(student, width, stage.act_bits)
         with autocast(target.device):
-            output = call(student, states[min(number, len(states) - 1)]).float()
+            output = call(student, hidden).float()
         total = total + (output - target).square().mean()
     return total
 
@@ -95,7 +92,7 @@ def step_bytes(
 
             def step() -> None:
                 for _ in range(1 + accumulates):
-                    step_loss(student, call, stage, (hidden,), target).backward()
+                    step_loss(student, call, stage, hidden, target).backward()
 
             return peak_bytes(step, [_tensors(student), call.args, call.kwargs, hidden, target])
 
