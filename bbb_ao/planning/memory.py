@@ -1,10 +1,11 @@
 """Peak memory of a run, as an explicit sum; docs/plan.md has the formula.
 
-A run has phases: preparation, every stage, packing. In each, the device holds the sum of its device terms and the host
-that of its host terms; on a CPU the host holds both. Everything is in bytes and depends on shapes alone. `step` is
-traced (see `trace`), the other terms count tensors.
+A run has phases: preparation in up to three steps, every stage, packing. In each, the device holds the sum of its
+device terms and the host that of its host terms; on a CPU the host holds both. Everything is in bytes and depends on
+shapes alone. Activations are traced (see `trace`); all other terms count tensors.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,16 +14,17 @@ from torch.utils._pytree import tree_leaves
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.planning.job import Job, float32_bytes, tensor_bytes
-from bbb_ao.planning.trace import model_step_bytes, shortened, step_bytes, trained_bytes
+from bbb_ao.planning.trace import model_step_bytes, norms_bytes, shortened, step_bytes, trained_bytes
 from bbb_ao.qat_linear import qat_linears
 from bbb_ao.recipes.blockwise import STREAM_BUDGET, stream_widths
 from bbb_ao.recipes.optimization import stream_dtype
+from bbb_ao.recipes.prepare import reads_activations
 from bbb_ao.recipes.replay import WORTHWHILE
 from bbb_ao.recipes.stages import Stage
 
-# Of each weight of a block that is verified in float64: the original, a rewritten graph with half of the channels
-# split, and the rewritten modules.
-VERIFICATION_BYTES = 8 * (1 + 1.5 + 1.5)
+# Of each weight of a block while its plan is verified: copies in float64 of the original, of the rewritten graph and of
+# the rewritten modules, with half of the channels split. Counted on Llama, Phi and Gemma 2 blocks: 44 to 47.
+VERIFICATION_BYTES = 46
 # Sequences written at a time, as `generate_sequences` does.
 GENERATION_BATCH = 64
 # Of each weight of a layer that is packed: its master, scaled, rounded and clamped in float32, and codes.
@@ -34,7 +36,7 @@ class Phase:
     """Memory at the worst moment of one phase of a run, term by term, in bytes.
 
     Attributes:
-        name: "prepare", "pack", or a stage's number and name.
+        name: "generate", "verify", "norms", a stage's number and name, or "pack".
         device: terms on the device that trains; none on a CPU, where they are the host's.
         host: terms in the CPU's memory.
         disk: in the folder for temporary files.
@@ -56,9 +58,10 @@ class Phase:
 
 def phases(job: Job) -> list[Phase]:
     """All phases of a run, in order; a stage that only sets the widths has none."""
-    found = [preparation(job)]
-    if job.recipe.generated:
-        found.insert(0, generation(job))
+    found = [generation(job)] if job.recipe.generated else []
+    found.append(verification(job))
+    if reads_activations(job.recipe):
+        found.append(activations(job))
     for number, stage in enumerate(job.recipe.stages):
         if stage.epochs:
             found.append((block_stage if stage.scope == "block" else model_stage)(job, number))
@@ -78,10 +81,19 @@ def generation(job: Job) -> Phase:
     return _phase(job, "generate", device | ({} if job.on_cpu else model), model if job.on_cpu else {}, 0)
 
 
-def preparation(job: Job) -> Phase:
-    """The rewritten blocks' verification, or the full-precision streams for the channels' norms."""
-    host = models(job) | {"verification": verification(job)}
-    return _phase(job, "prepare", {}, host, 1)
+def verification(job: Job) -> Phase:
+    """The rewritten block against the original, on the CPU."""
+    size = max(sum(p.numel() for p in block.parameters()) for block in job.blocks)
+    return _phase(job, "verify", {}, models(job) | {"copies": VERIFICATION_BYTES * size}, 1)
+
+
+def activations(job: Job) -> Phase:
+    """The full-precision blocks, one at a time, for the norms of what enters each Linear."""
+    shape = (job.stream_batch, job.recipe.sequence_length, job.hidden)
+    block = copy.deepcopy(find_blocks(job.model)[job.largest][1]).float()
+    forward = norms_bytes(block, job.calls[job.largest], shape, job.device)
+    device = {"teacher": teacher_block(job), "forward": forward}
+    return _phase(job, "norms", device, models(job), 1 + (kept_streams(job) or 2))
 
 
 def block_stage(job: Job, number: int) -> Phase:
@@ -203,11 +215,6 @@ def kept_streams(job: Job) -> int:
     """Full-precision streams that are kept between stages: all where they fit into the budget, or none."""
     blocks = len(job.blocks)
     return blocks if job.stream_bytes * blocks <= STREAM_BUDGET else 0
-
-
-def verification(job: Job) -> int:
-    """Copies in float64 of one block, on the CPU."""
-    return int(VERIFICATION_BYTES * max(sum(p.numel() for p in block.parameters()) for block in job.blocks))
 
 
 def packing(job: Job) -> int:

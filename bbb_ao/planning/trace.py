@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from bbb_ao.passes import find_blocks
+from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.live_bytes import peak_bytes
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.distill import masks_given, stage_loss
 from bbb_ao.recipes.optimization import autocast, codes_kept, trainable_groups
+from bbb_ao.recipes.prepare import squares_of
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall
 
@@ -95,6 +96,30 @@ def step_bytes(
                     step_loss(student, call, stage, hidden, target).backward()
 
             return peak_bytes(step, [_tensors(student), call.args, call.kwargs, hidden, target])
+
+
+def norms_bytes(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], device: torch.device) -> int:
+    """A forward pass of a full-precision block, with the squares of what enters each Linear; see `activation_norms`.
+
+    Args:
+        block: on the meta device, float32.
+        shape: [micro-batch, tokens, hidden].
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        working, call = materialize(block, device).eval(), materialize_call(call, device)
+        for name in block_linears(working):
+            working.get_submodule(name).register_forward_pre_hook(_square)
+        hidden = torch.empty(shape, device=device)
+
+        def run() -> Tensor:
+            with autocast(device):
+                return call(working, hidden).float()
+
+        return peak_bytes(run, [_tensors(working), call.args, call.kwargs, hidden])
+
+
+def _square(linear: nn.Module, args: tuple[Any, ...]) -> None:
+    squares_of(args[0])
 
 
 def model_step_bytes(
