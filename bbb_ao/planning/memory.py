@@ -25,6 +25,8 @@ from bbb_ao.recipes.stages import Stage
 # Of each weight of a block while its plan is verified: copies in float64 of the original, of the rewritten graph and of
 # the rewritten modules, with half of the channels split. Counted on Llama, Phi and Gemma 2 blocks: 44 to 47.
 VERIFICATION_BYTES = 46
+# What a block's trace leaves on the Python heap, measured on a Llama.
+TRACE_BYTES = 14_000_000
 # Sequences written at a time, as `generate_sequences` does.
 GENERATION_BATCH = 64
 # Of each weight of a layer that is packed: its master, scaled, rounded and clamped in float32, and codes.
@@ -84,7 +86,7 @@ def generation(job: Job) -> Phase:
 def verification(job: Job) -> Phase:
     """The rewritten block against the original, on the CPU."""
     size = max(sum(p.numel() for p in block.parameters()) for block in job.blocks)
-    return _phase(job, "verify", {}, models(job) | {"copies": VERIFICATION_BYTES * size}, 1)
+    return _phase(job, "verify", {}, models(job) | {"copies": TRACE_BYTES + VERIFICATION_BYTES * size}, 1)
 
 
 def activations(job: Job) -> Phase:

@@ -33,7 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "tied": GROUPED | {"tie_word_embeddings": True},
     # Ragged: 60 is no multiple of 32, 100 neither.
-    "ragged": GROUPED | {"hidden_size": 60, "intermediate_size": 100, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "ragged": GROUPED
+    | {"hidden_size": 60, "intermediate_size": 100, "num_attention_heads": 3, "num_key_value_heads": 3},
     "qwen2": GROUPED,
     "qwen3": GROUPED | {"head_dim": 16},
     "mistral": GROUPED,
