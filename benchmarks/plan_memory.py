@@ -41,13 +41,16 @@ DISTILL = ("stages.2.scope=model", "stages.0.epochs=0", "stages.1.epochs=0")
 # What each model is trained with: a name for the row, a recipe, and changes of it.
 CASES: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "demo": [
-        ("smoke", "smoke", ("stages.*.epochs=0.04",)),
+        ("smoke, 32 sequences", "smoke", ("sequences=32", "stages.*.epochs=0.1")),
         ("smoke, 8 sequences", "smoke", SMALL),
         ("w2a2, 8 sequences", "w2a2", (*SMALL, "sequence_length=256")),
         ("any_precision, micro-batches", "any_precision", (*SMALL, "sequence_length=256", "micro_batch=2")),
         ("end to end", "smoke", (*SMALL, *DISTILL)),
     ],
-    "testbed": [("smoke", "smoke", ("stages.*.epochs=0.04",)), ("smoke, 8 sequences", "smoke", SMALL)],
+    "testbed": [
+        ("smoke, 32 sequences", "smoke", ("sequences=32", "stages.*.epochs=0.1")),
+        ("smoke, 8 sequences", "smoke", SMALL),
+    ],
     "8b": [
         ("smoke", "smoke", LONG),
         ("smoke, micro-batches", "smoke", (*LONG, "stages.*.batch_size=4", "stages.*.epochs=4", "micro_batch=2")),

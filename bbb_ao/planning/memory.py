@@ -119,7 +119,7 @@ def model_stage(job: Job, number: int) -> Phase:
     """The whole student and the full-precision model, which leave the host for another device."""
     stage = job.recipe.stages[number]
     device = {
-        "optimizer": sum(trained_bytes(block, stage, job.recipe) for block in job.blocks) * _states(job),
+        "optimizer": _states(job, stage) * sum(trained_bytes(block, stage, job.recipe) for block in job.blocks),
         "step": model_step(job, stage),
     }
     host = models(job)
@@ -134,22 +134,22 @@ def models(job: Job) -> dict[str, int]:
 
 
 def teacher_block(job: Job) -> int:
-    """The full-precision block's working copy, float32."""
-    return float32_bytes(find_blocks(job.model)[job.largest][1])
+    """The full-precision block's working copy, float32, and those of the blocks behind that the loss looks at."""
+    return (1 + job.recipe.lookahead) * float32_bytes(find_blocks(job.model)[job.largest][1])
 
 
 def optimizer(job: Job, stage: Stage) -> int:
-    """AdamW's two moments of every trained parameter, and their mean where the recipe averages; float32."""
-    return _states(job) * trained_bytes(job.blocks[job.largest], stage, job.recipe)
+    """AdamW's two moments of every trained parameter, their mean where the recipe averages, and bounds of kept bits."""
+    return _states(job, stage) * trained_bytes(job.blocks[job.largest], stage, job.recipe)
 
 
-def _states(job: Job) -> int:
-    return 3 if job.recipe.average else 2
+def _states(job: Job, stage: Stage) -> int:
+    return 2 + (job.recipe.average > 0) + 2 * (stage.keep_bits is not None)
 
 
 def batch(job: Job, stage: Stage, sources: int) -> int:
     """States of a batch that enter the block, from each of `sources` streams, and the target, float32."""
-    targets = job.recipe.target_stream == "full_precision"
+    targets = 1 + job.recipe.lookahead if job.recipe.target_stream == "full_precision" else 0
     read = job.batch(stage) * job.recipe.sequence_length * job.hidden * 4 * (sources + targets)
     # A recorded step has inputs of its own.
     return read * (2 if not job.on_cpu and job.steps(stage) >= WORTHWHILE else 1)
@@ -159,9 +159,10 @@ def step(job: Job, stage: Stage) -> int:
     """Activations, fake-quantized tensors and gradients of a step, at the worst moment."""
     shape = (job.micro_batch(stage), job.recipe.sequence_length, job.hidden)
     block, call = job.blocks[job.largest], job.calls[job.largest]
+    teacher = copy.deepcopy(find_blocks(job.model)[job.largest][1]).float()
 
     def trace() -> int:
-        return step_bytes(block, call, stage, job.recipe, shape, job.device, job.accumulates(stage))
+        return step_bytes(block, teacher, call, stage, job.recipe, shape, job.device, job.accumulates(stage))
 
     return _traced_once(job, stage, trace)
 
@@ -188,7 +189,16 @@ def model_step(job: Job, stage: Stage) -> int:
 def _traced_once(job: Job, stage: Stage, trace: Callable[[], int]) -> int:
     """The trace of the first stage that holds the same tensors: those of a width differ in their values alone."""
     sliced = job.recipe.grid.kind == "integer" and min(stage.widths) < 8
-    key = (len(stage.widths), sliced, stage.act_bits is None, stage.train, stage.scope, stage.objective)
+    key = (
+        len(stage.widths),
+        sliced,
+        stage.act_bits is None,
+        stage.train,
+        stage.keep_bits,
+        stage.loss_weights,
+        stage.scope,
+        stage.objective,
+    )
     key += (job.micro_batch(stage), job.accumulates(stage))
     if key not in job.traced:
         job.traced[key] = trace()
@@ -210,7 +220,7 @@ def live_streams(job: Job, sources: int) -> int:
     blocks = len(job.blocks)
     if blocks == 1:
         return 2
-    return 1 + (kept_streams(job) or min(blocks, 2)) + sources + (blocks > 2)
+    return 1 + (kept_streams(job) or min(blocks, 2 + job.recipe.lookahead)) + sources + (blocks > 2)
 
 
 def kept_streams(job: Job) -> int:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bbb_ao.passes import find_blocks
 from bbb_ao.planning.job import Job
-from bbb_ao.planning.trace import materialize, materialize_call, step_loss
+from bbb_ao.planning.trace import materialize, materialize_call, step_loss, training
 from bbb_ao.recipes.blockwise import stream_widths
-from bbb_ao.recipes.optimization import CopiesRate, autocast, codes_kept, make_optimizer, trainable_groups, update
+from bbb_ao.recipes.optimization import CopiesRate, autocast, make_optimizer, update
 from bbb_ao.recipes.replay import WARM_UP, WORTHWHILE, Recorded
 from bbb_ao.recipes.stages import Stage
 
@@ -46,7 +47,7 @@ def stage_seconds(job: Job) -> list[float | None]:
             found.append(0.0)
             continue
         # Widths cost the same; their number, quantized activations and what is trained do not.
-        key = (len(stage.widths), stage.act_bits is None, stage.train, job.batch(stage))
+        key = (len(stage.widths), stage.act_bits is None, stage.train, stage.keep_bits, job.batch(stage))
         if key not in known:
             known[key] = probe(job, stage)
         times = known[key]
@@ -77,18 +78,19 @@ def probe(job: Job, stage: Stage) -> Times | None:
     call = materialize_call(job.calls[number], job.device)
     shape = (rows, job.recipe.sequence_length, job.hidden)
     hidden, target = (torch.randn(shape, generator=generator, device=job.device) for _ in range(2))
-    groups = trainable_groups(block, stage, job.recipe.train_norms)
+    twin = materialize(find_blocks(job.model)[number][1], job.device, partial(_draw, generator)).float()
+    ahead = [twin.requires_grad_(False).eval()] * job.recipe.lookahead
     copies = CopiesRate(block, job.recipe.copies_lr_factor)
 
     def loss_of(hidden: Tensor, target: Tensor) -> Tensor:
-        return step_loss(block, call, stage, hidden, target)
+        return step_loss(block, ahead, call, stage, hidden, target)
 
     def forward() -> Any:
         with torch.no_grad(), autocast(job.device):
             return call(block, hidden[:1])
 
-    with codes_kept(block, stage):
-        one = partial(update, make_optimizer(groups), copies, job.recipe, loss_of)
+    with training(block, stage, job.recipe) as groups:
+        one = partial(update, block, make_optimizer(groups), copies, job.recipe, loss_of)
         step = partial(Recorded(one, job.steps(stage)), hidden, target)
         warm_up = WARM_UP + 1 if job.steps(stage) >= WORTHWHILE and not job.on_cpu else 1
         seconds = _seconds(step, warm_up, job.device)

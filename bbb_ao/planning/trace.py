@@ -5,12 +5,14 @@ the backward pass, casts and gradients needs no formula for each architecture.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bbb_ao.passes import block_linears, find_blocks
@@ -21,6 +23,24 @@ from bbb_ao.recipes.optimization import autocast, codes_kept, trainable_groups
 from bbb_ao.recipes.prepare import squares_of
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Shapes of experts' products in every type: torch's own function for fake tensors knows bfloat16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is not torch.ops.aten._grouped_mm:
+            return func(*args, **(kwargs or {}))
+        first, second = args[:2]
+        groups = (args[2].numel(),) if first.dim() == second.dim() == 2 else first.shape[:-2]
+        return first.new_empty(*groups, first.shape[-2], second.shape[-1])
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Tensors that are made here have a device, a shape and a type, and no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _GroupedProducts():
+        yield
 
 
 def materialize(module: nn.Module, device: torch.device, fill: Callable[[Tensor], Any] = lambda tensor: None) -> Any:
@@ -46,31 +66,45 @@ def materialize_call(call: BlockCall, device: torch.device) -> BlockCall:
     return BlockCall(args, kwargs)
 
 
-def step_loss(student: nn.Module, call: BlockCall, stage: Stage, hidden: Tensor, target: Tensor) -> Tensor:
+def step_loss(
+    student: nn.Module, ahead: Sequence[nn.Module], call: BlockCall, stage: Stage, hidden: Tensor, target: Tensor
+) -> Tensor:
     """The block loss of a micro-batch, summed over the stage's widths (`blockwise`, without its constants).
 
     Args:
+        ahead: full-precision blocks that the output runs through; one target stands for all.
         hidden, target: [batch, tokens, hidden].
     """
     total = torch.zeros((), device=target.device)
-    for width in stage.widths:
+    for width, factor in zip(stage.widths, stage.loss_weights or (1.0,) * len(stage.widths), strict=True):
+        if factor == 0:
+            continue
         set_training_bits(student, width, stage.act_bits)
-        with autocast(target.device):
-            output = call(student, hidden).float()
-        total = total + (output - target).square().mean()
+        output = hidden
+        for block in (student, *ahead):
+            with autocast(target.device):
+                output = call(block, output).float()
+            total = total + factor * (output - target).square().mean()
     return total
+
+
+@contextmanager
+def training(block: nn.Module, stage: Stage, recipe: Recipe) -> Iterator[list[dict]]:
+    """A prepared block as a stage trains it: its parameter groups, with codes kept where the stage keeps some."""
+    # Kept bits as from a stage before that kept them: the master stays, and no twin is read.
+    with codes_kept(block, stage, stage, block):
+        yield trainable_groups(block, stage, recipe.train_norms)
 
 
 def trained_bytes(block: nn.Module, stage: Stage, recipe: Recipe) -> int:
     """Of the parameters that a stage trains, float32."""
-    block = copy.deepcopy(block)
-    with codes_kept(block, stage):
-        groups = trainable_groups(block, stage, recipe.train_norms)
+    with training(copy.deepcopy(block), stage, recipe) as groups:
         return sum(4 * parameter.numel() for group in groups for parameter in group["params"])
 
 
 def step_bytes(
     block: nn.Module,
+    teacher: nn.Module,
     call: BlockCall,
     stage: Stage,
     recipe: Recipe,
@@ -81,21 +115,22 @@ def step_bytes(
     """Activations, fake-quantized tensors, casts and gradients of one optimizer step of a block, at the worst moment.
 
     Args:
-        block: the prepared block, on the meta device.
+        block: the prepared block, teacher: a full-precision one, float32; both on the meta device.
         shape: [micro-batch, tokens, hidden].
         accumulates: gradients are there from the start, from the second micro-batch on.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_values():
         student, call = materialize(block, device).eval(), materialize_call(call, device)
+        ahead = [materialize(teacher, device).requires_grad_(False).eval()] * recipe.lookahead
         hidden, target = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        trainable_groups(student, stage, recipe.train_norms)
-        with codes_kept(student, stage):
+        with training(student, stage, recipe):
 
             def step() -> None:
                 for _ in range(1 + accumulates):
-                    step_loss(student, call, stage, hidden, target).backward()
+                    step_loss(student, ahead, call, stage, hidden, target).backward()
 
-            return peak_bytes(step, [_tensors(student), call.args, call.kwargs, hidden, target])
+            known = [_tensors(student), *map(_tensors, ahead), call.args, call.kwargs, hidden, target]
+            return peak_bytes(step, known)
 
 
 def norms_bytes(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], device: torch.device) -> int:
@@ -105,7 +140,7 @@ def norms_bytes(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], 
         block: on the meta device, float32.
         shape: [micro-batch, tokens, hidden].
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with without_values(), torch.no_grad():
         working, call = materialize(block, device).eval(), materialize_call(call, device)
         for name in block_linears(working):
             working.get_submodule(name).register_forward_pre_hook(_square)
@@ -139,16 +174,15 @@ def model_step_bytes(
         calls: of the model's blocks.
         shape: [micro-batch, tokens].
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_values():
         teacher, held_student = pair = [materialize(each, device).eval() for each in (model, student)]
         held = [materialize_call(call, device) for call in calls]
         held_student.requires_grad_(False)
         trained = nn.ModuleList([block for _, block in find_blocks(held_student)])
-        trainable_groups(trained, stage, recipe.train_norms)
         ids = torch.zeros(shape, dtype=torch.int64, device=device)
         # A share of a half computes both divergences.
         reverse = {"forward_kl": 0.0, "reverse_kl": 1.0, "mixed_kl": 0.5}.get(stage.objective)
-        with codes_kept(trained, stage), masks_given(pair, held):
+        with training(trained, stage, recipe), masks_given(pair, held):
 
             def step() -> None:
                 for _ in range(1 + accumulates):

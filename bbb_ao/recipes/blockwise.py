@@ -119,6 +119,8 @@ def train_block_stage(
         load, loss_of = _block_loss(run, stage, student, run_student, teachers.path(number), streams, inputs, chosen)
         with codes_kept(student, stage, higher, run.teacher_blocks[number]):
             result = fit(student.eval(), stage, run.recipe, len(chosen), loss_of, seed + number, name, on_step, load)
+        # They hold the streams that are replaced below.
+        del load, loss_of
         fits.append(result)
         if number + 1 < len(run.names):
             for width in streams:

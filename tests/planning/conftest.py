@@ -55,11 +55,13 @@ def config_of(name: str) -> Any:
 
 @pytest.fixture(scope="session")
 def make_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function: architecture -> a folder that holds its config.json alone."""
+    """A function: architecture, decoder blocks -> a folder that holds its config.json alone."""
 
-    def make(name: str) -> Path:
+    def make(name: str, blocks: int = 2) -> Path:
         directory = tmp_path_factory.mktemp(name)
-        config_of(name).save_pretrained(directory)
+        config = config_of(name)
+        config.num_hidden_layers = blocks
+        config.save_pretrained(directory)
         return directory
 
     return make

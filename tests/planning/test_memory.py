@@ -5,24 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from bbb_ao.passes import find_blocks
 from bbb_ao.planning import memory
 from bbb_ao.planning.job import Job
 from bbb_ao.planning.live_bytes import peak_bytes
 from bbb_ao.planning.skeleton import build_skeleton
-from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss, trained_bytes
+from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss, trained_bytes, training
 from bbb_ao.recipes import blockwise
 from bbb_ao.recipes.compress import train
-from bbb_ao.recipes.optimization import TailAverage, codes_kept, make_optimizer, trainable_groups
+from bbb_ao.recipes.optimization import TailAverage, make_optimizer
 from bbb_ao.recipes.stages import Stage
 from bbb_ao.recipes.streams import Stream
 
 CPU = torch.device("cpu")
 
 
-def make_job(make_directory, recipe, architecture: str = "llama") -> Job:
-    return Job.prepare(build_skeleton(make_directory(architecture)), recipe, CPU)
+def make_job(make_directory, recipe, blocks: int = 2) -> Job:
+    return Job.prepare(build_skeleton(make_directory("llama", blocks)), recipe, CPU)
 
 
 def test_live_bytes_follow_storages() -> None:
@@ -41,30 +41,28 @@ def test_live_bytes_follow_storages() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage",
-    [
-        Stage(weight_bits=2),
-        Stage(weight_bits=(8, 2), act_bits=4),
-        Stage(weight_bits=2, train="scales"),
-    ],
-    ids=lambda stage: f"{stage.name} {stage.train}",
+    ("stage", "lookahead"),
+    [(Stage(weight_bits=(8, 2), act_bits=4), 1), (Stage(weight_bits=2, train="scales"), 0)],
+    ids=["all", "scales"],
 )
-def test_traced_step_holds_what_a_real_one_does(stage: Stage, make_directory, make_recipe) -> None:
-    recipe = make_recipe(stages=(stage,), micro_batch=2)
+def test_traced_step_holds_what_a_real_one_does(stage: Stage, lookahead: int, make_directory, make_recipe) -> None:
+    recipe = make_recipe(stages=(stage,), micro_batch=2, lookahead=lookahead)
     job = make_job(make_directory, recipe)
     block, call, shape = job.blocks[-1], job.calls[-1], (2, 32, 64)
-    traced = step_bytes(block, call, stage, recipe, shape, CPU, accumulates=True)
-    real, call = materialize(block, CPU, lambda tensor: tensor.normal_(0, 0.1)).eval(), materialize_call(call, CPU)
+    teacher = find_blocks(job.model)[-1][1].float()
+    traced = step_bytes(block, teacher, call, stage, recipe, shape, CPU, accumulates=True)
+    real, twin = (materialize(each, CPU, lambda tensor: tensor.normal_(0, 0.1)).eval() for each in (block, teacher))
+    call = materialize_call(call, CPU)
     hidden, target = torch.randn(shape), torch.randn(shape)
-    trainable_groups(real, stage, recipe.train_norms)
-    with codes_kept(real, stage):
+    ahead = [twin.requires_grad_(False)] * lookahead
+    with training(real, stage, recipe):
 
         def step() -> None:
             for _ in range(2):
-                step_loss(real, call, stage, hidden, target).backward()
+                step_loss(real, ahead, call, stage, hidden, target).backward()
 
-        known = [list(real.parameters()), list(real.buffers()), call.args, call.kwargs, hidden, target]
-        found = peak_bytes(step, known)
+        held = [list(each.parameters()) + list(each.buffers()) for each in (real, twin)]
+        found = peak_bytes(step, [held, call.args, call.kwargs, hidden, target])
     assert found == pytest.approx(traced, rel=0.02)
 
 
@@ -73,8 +71,7 @@ def test_optimizer_counts_its_states(make_directory, make_recipe) -> None:
         recipe = make_recipe(stages=(stage,), average=average)
         job = make_job(make_directory, recipe)
         block: Any = materialize(job.blocks[job.largest], CPU)
-        with codes_kept(block, stage):
-            groups = trainable_groups(block, stage, recipe.train_norms)
+        with training(block, stage, recipe) as groups:
             parameters = [p for group in groups for p in group["params"]]
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -88,19 +85,24 @@ def test_optimizer_counts_its_states(make_directory, make_recipe) -> None:
         assert trained_bytes(job.blocks[job.largest], stage, recipe) == sum(4 * p.numel() for p in parameters)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("kept", [True, False])
-def test_live_streams_are_those_of_a_run(blocks: int, kept: bool, make_directory, make_recipe, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "kept", "lookahead"), [(1, False, 0), (2, False, 0), (4, False, 0), (4, True, 0), (4, False, 1)]
+)
+def test_live_streams_are_those_of_a_run(
+    blocks: int, kept: bool, lookahead: int, make_directory, make_recipe, monkeypatch
+) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     budget = 2**30 if kept else 0
     monkeypatch.setattr(blockwise, "STREAM_BUDGET", budget)
     monkeypatch.setattr(memory, "STREAM_BUDGET", budget)
-    recipe = make_recipe(stages=(Stage(weight_bits=(8, 2), epochs=0.5), Stage(weight_bits=2, epochs=0.5)), split=None)
-    directory = make_directory("llama")
+    recipe = make_recipe(
+        stages=(Stage(weight_bits=(8, 2), epochs=0.5), Stage(weight_bits=2, epochs=0.5)),
+        split=None,
+        lookahead=lookahead,
+    )
+    directory = make_directory("llama", blocks)
     config = AutoConfig.from_pretrained(directory)
-    config.num_hidden_layers = blocks
-    config.save_pretrained(directory)
     live, most = set(), 0
     make = Stream.__init__
 
@@ -120,16 +122,10 @@ def test_live_streams_are_those_of_a_run(blocks: int, kept: bool, make_directory
 
 
 def test_end_to_end_memory_is_linear_in_blocks(make_directory, make_recipe) -> None:
-    stage = Stage(scope="model", weight_bits=2, batch_size=2, objective="mixed_kl")
-    job = make_job(make_directory, make_recipe(stages=(stage,), sequence_length=64))
-    long = make_job(make_directory, job.recipe, "llama")
-    block = long.blocks[0]
-    assert isinstance(block, nn.Module)
-    found = memory.model_step(job, stage)
-    # Logits of both models and their gradients at least: float32, two sequences.
-    assert found > 4 * 2 * 64 * 128 * 4
+    stage = Stage(scope="model", weight_bits=2, batch_size=2)
+    job = make_job(make_directory, make_recipe(stages=(stage,), sequence_length=64), blocks=3)
     traced = memory.model_step_bytes(job.model, job.student, job.calls, stage, job.recipe, (2, 64), CPU, False)
-    assert found == traced
+    assert memory.model_step(job, stage) == traced
 
 
 def test_cache_on_disk_leaves_memory(make_directory, make_recipe) -> None:
