@@ -176,8 +176,11 @@ def model_step(job: Job, stage: Stage) -> int:
     blocks = len(job.blocks)
 
     def short(count: int) -> int:
-        pair = (shortened(job.model, count), shortened(job.student, count))
-        return model_step_bytes(*pair, job.calls[:count], stage, job.recipe, shape, job.device, job.accumulates(stage))
+        # From the middle, where the share of split channels is the mean.
+        first = (blocks - count) // 2
+        pair = (shortened(job.model, first, count), shortened(job.student, first, count))
+        calls = job.calls[first : first + count]
+        return model_step_bytes(*pair, calls, stage, job.recipe, shape, job.device, job.accumulates(stage))
 
     def trace() -> int:
         first = short(1)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bbb_ao.modeldir import INDEX, WEIGHTS, check_config, read_json
+from bbb_ao.modeldir import check_config
 from bbb_ao.packed_head import find_head
 from bbb_ao.packed_linear import PackedLinear
 from bbb_ao.qat_linear import QATLinear, become, qat_linears
@@ -58,10 +58,7 @@ def build_skeleton(directory: str | Path) -> Any:
 
 def _stored_dtype(directory: Path) -> torch.dtype:
     """The type of the first weight on disk, as transformers chooses where the configuration is silent; else float32."""
-    file = WEIGHTS
-    if not (directory / file).exists() and (directory / INDEX).exists():
-        file = next(iter(read_json(directory, INDEX)["weight_map"].values()))
-    entries = read_header(directory / file).values() if (directory / file).exists() else ()
+    entries = [entry for file in sorted(directory.glob("*.safetensors"))[:1] for entry in read_header(file).values()]
     return next((DTYPES[entry.dtype] for entry in entries if entry.dtype in DTYPES), torch.float32)
 
 
@@ -108,8 +105,5 @@ def _packed_head(head: nn.Linear, recipe: Recipe, dtype: torch.dtype) -> PackedL
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that are saved, each counted once (a tied head is its embedding)."""
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _saved(model)}.values())
-
-
-def _saved(model: nn.Module) -> list[torch.Tensor]:
-    return list(model.state_dict(keep_vars=True).values())
+    saved = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in saved.values())

@@ -191,12 +191,13 @@ def model_step_bytes(
             return peak_bytes(step, [*map(_tensors, pair), [(call.args, call.kwargs) for call in held], ids])
 
 
-def shortened(model: nn.Module, blocks: int) -> nn.Module:
-    """A copy of a model of the meta device with its first blocks alone."""
+def shortened(model: nn.Module, first: int, count: int) -> nn.Module:
+    """A copy of a model of the meta device with `count` of its blocks alone, from number `first` on."""
     result: Any = copy.deepcopy(model)
-    (first, _), *_ = find_blocks(result)
-    del result.get_submodule(first.rpartition(".")[0])[blocks:]
-    result.config.get_text_config().num_hidden_layers = blocks
+    stack: Any = result.get_submodule(find_blocks(result)[0][0].rpartition(".")[0])
+    del stack[first + count :]
+    del stack[:first]
+    result.config.get_text_config().num_hidden_layers = count
     return result
 
 
