@@ -7,7 +7,7 @@ when it sees the whole model. Every implementation runs this same loop.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ IMPLEMENTATIONS: dict[str, tuple[int | None, int | None, int | None]] = {
     "w2a16_head8": (2, None, 8),
 }
 ATTENTION = "bbb_ao_decode"
+FLASH = True
 
 
 def llama_3_8b(layers: int = 32) -> LlamaConfig:
@@ -45,25 +46,49 @@ def llama_3_8b(layers: int = 32) -> LlamaConfig:
     )
 
 
+class Filled(NamedTuple):
+    """The places of a static cache that one token sees.
+
+    Attributes:
+        places: their number, int32 [batch].
+        queries, keys: where each sequence starts among the queries, and among the cache's places: int32 [batch + 1].
+    """
+
+    places: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Filled | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attention over a static cache: the flash kernel for a prompt, plain sums for one token, which Inductor fuses.
+    """Attention over a static cache by the flash kernels; where they do not run, one token's is plain sums.
 
     Args:
         query: [batch, heads, tokens, head_dim]; key, value: [batch, key-value heads, length, head_dim].
-        attention_mask: bool [1, 1, 1, length] for one token, None for a prompt, which starts the cache.
+        attention_mask: for one token, what it sees; None for a prompt, which starts the cache.
     Returns:
         [batch, tokens, heads, head_dim], None.
     """
     batch, heads, tokens, size = query.shape
+    scale = settings["scaling"]
     if attention_mask is None:
         prompt = (query, key[:, :, :tokens], value[:, :, :tokens])
-        y = F.scaled_dot_product_attention(*prompt, is_causal=True, scale=settings["scaling"], enable_gqa=True)
+        y = F.scaled_dot_product_attention(*prompt, is_causal=True, scale=scale, enable_gqa=True)
         return y.transpose(1, 2), None
-    grouped = query.view(batch, key.shape[1], -1, 1, size).float() * settings["scaling"]
+    length = key.shape[2]
+    if FLASH and query.is_cuda:
+        # Keys are shared out over programs, which scaled_dot_product_attention does not do under a mask.
+        packed = (query.reshape(batch, heads, size), *(x.transpose(1, 2).flatten(0, 1) for x in (key, value)))
+        starts = (attention_mask.queries, attention_mask.keys)
+        y, *_ = torch.ops.aten._flash_attention_forward(
+            *packed, *starts, 1, length, 0.0, False, False, scale=scale, seqused_k=attention_mask.places
+        )
+        return y.view(batch, 1, heads, size), None
+    grouped = query.view(batch, key.shape[1], -1, 1, size).float() * scale
     scores = (grouped * key.unsqueeze(2)).sum(-1)
-    shares = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1)
+    filled = torch.arange(length, device=query.device) < attention_mask.places.view(-1, 1, 1, 1)
+    shares = scores.masked_fill(~filled, float("-inf")).softmax(-1)
     y = (shares.unsqueeze(-1) * value.unsqueeze(2)).sum(-2)
     return y.to(query.dtype).view(batch, 1, heads, size), None
 
@@ -154,10 +179,15 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.places = torch.arange(length, device=device)
         config, blocks = model.config, model.model.layers
-        shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
-        stored = [[torch.zeros(shape, dtype=model.dtype, device=device) for _ in range(2)] for _ in blocks]
+        # Places come before heads in memory, as the flash kernels want it.
+        shape = (batch, length, config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+        stored = [
+            [torch.zeros(shape, dtype=model.dtype, device=device).transpose(1, 2) for _ in range(2)] for _ in blocks
+        ]
         self.caches = [LayerCache(keys, values, self.position) for keys, values in stored]
         self.prompt_caches = [LayerCache(keys, values, self.places[:tokens]) for keys, values in stored]
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self.filled = Filled(torch.zeros_like(starts[1:]), starts, starts * length)
         self.norms = [*(block.input_layernorm for block in blocks), model.model.norm]
         for block in blocks:
             # A number of their own would let every block be compiled again.
@@ -174,19 +204,20 @@ class Decoder:
         place = self.places[: self.prompt.shape[1]]
         state = start_token(self.model.model, self.norms[0], self.prompt, place)
         self.position.fill_(self.prompt.shape[1] - 1)
+        self.filled.places.fill_(self.prompt.shape[1])
         self._finish(run_block, choose_token, state, None, self.prompt_caches)
 
     @torch.no_grad()
     def step(self) -> None:
         """Read the last token and choose the next one."""
         state = self.start(self.model.model, self.norms[0], self.token, self.position)
-        mask = self.places.view(1, 1, 1, -1) <= self.position
-        self._finish(self.block, self.tail, state, mask, self.caches)
+        self.filled.places.add_(1)
+        self._finish(self.block, self.tail, state, self.filled, self.caches)
 
-    def _finish(self, block: Callable, tail: Callable, state: tuple, mask: Tensor | None, caches: list) -> None:
+    def _finish(self, block: Callable, tail: Callable, state: tuple, filled: Filled | None, caches: list) -> None:
         hidden, normed, rotary = state
         for module, norm, cache in zip(self.model.model.layers, self.norms[1:], caches, strict=True):
-            hidden, normed = block(module, norm, hidden, normed, rotary, mask, cache)
+            hidden, normed = block(module, norm, hidden, normed, rotary, filled, cache)
         tail(self.model.lm_head, normed, self.token, self.output, self.position)
 
 
@@ -199,11 +230,17 @@ def start_token(
 
 
 def run_block(
-    module: Any, norm: nn.Module, hidden: Tensor, normed: Tensor, rotary: tuple, mask: Tensor | None, cache: LayerCache
+    module: Any,
+    norm: nn.Module,
+    hidden: Tensor,
+    normed: Tensor,
+    rotary: tuple,
+    filled: Filled | None,
+    cache: LayerCache,
 ) -> tuple[Tensor, Tensor]:
     """A decoder block and the norm behind it: `normed` is the block's own first norm of `hidden`, computed before."""
     attended, _ = module.self_attn(
-        hidden_states=normed, position_embeddings=rotary, attention_mask=mask, past_key_values=cache
+        hidden_states=normed, position_embeddings=rotary, attention_mask=filled, past_key_values=cache
     )
     hidden = hidden + attended
     hidden = hidden + module.mlp(module.post_attention_layernorm(hidden))

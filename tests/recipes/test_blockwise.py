@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache, partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -275,7 +276,7 @@ def test_lookahead_runs_the_output_through_the_blocks_behind(prepared, run, monk
     whole = [teacher.entry.states]
     for call, block in zip(teacher.calls, (behind, last), strict=True):
         whole.append(teacher.run(call, block, whole[-1]))
-    changes = [(b - a).square().mean() for a, b in zip(whole, whole[1:], strict=False)]
+    changes = [(b - a).square().mean() for a, b in pairwise(whole)]
     hidden = teacher.run(teacher.calls[0], first, entry)
     errors = [(hidden - targets[1]).square().mean() / changes[0]]
     errors.append((teacher.run(teacher.calls[1], last, hidden) - targets[2]).square().mean() / changes[1])
