@@ -43,8 +43,12 @@ CASES: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "demo": [
         ("smoke, 32 sequences", "smoke", ("sequences=32", "stages.*.epochs=0.1")),
         ("smoke, 8 sequences", "smoke", SMALL),
-        ("w2a2, 8 sequences", "w2a2", (*SMALL, "sequence_length=256")),
-        ("any_precision, micro-batches", "any_precision", (*SMALL, "sequence_length=256", "micro_batch=2")),
+        ("w2a2, 8 sequences", "w2a2", (*SMALL, "sequence_length=256", "generated=8")),
+        (
+            "any_precision, micro-batches",
+            "any_precision",
+            (*SMALL, "sequence_length=256", "generated=8", "micro_batch=2"),
+        ),
         ("end to end", "smoke", (*SMALL, *DISTILL)),
     ],
     "testbed": [
@@ -54,7 +58,7 @@ CASES: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "8b": [
         ("smoke", "smoke", LONG),
         ("smoke, micro-batches", "smoke", (*LONG, "stages.*.batch_size=4", "stages.*.epochs=4", "micro_batch=2")),
-        ("w2a2", "w2a2", LONG),
+        ("w2a2", "w2a2_light", LONG),
         ("end to end", "smoke", (*LONG, *DISTILL)),
     ],
 }

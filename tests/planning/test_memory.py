@@ -98,7 +98,6 @@ def test_live_streams_are_those_of_a_run(
     monkeypatch.setattr(memory, "STREAM_BUDGET", budget)
     recipe = make_recipe(
         stages=(Stage(weight_bits=(8, 2), epochs=0.5), Stage(weight_bits=2, epochs=0.5)),
-        split=None,
         lookahead=lookahead,
     )
     directory = make_directory("llama", blocks)
@@ -125,7 +124,8 @@ def test_end_to_end_memory_is_linear_in_blocks(make_directory, make_recipe) -> N
     stage = Stage(scope="model", weight_bits=2, batch_size=2)
     job = make_job(make_directory, make_recipe(stages=(stage,), sequence_length=64), blocks=3)
     traced = memory.model_step_bytes(job.model, job.student, job.calls, stage, job.recipe, (2, 64), CPU, False)
-    assert memory.model_step(job, stage) == traced
+    # Blocks differ by their shares of split channels.
+    assert memory.model_step(job, stage) == pytest.approx(traced, rel=0.03)
 
 
 def test_cache_on_disk_leaves_memory(make_directory, make_recipe) -> None:
