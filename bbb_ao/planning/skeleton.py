@@ -21,19 +21,25 @@ from bbb_ao.recipes.stages import Recipe
 from bbb_ao.safetensors_header import read_header
 from bbb_ao.splitting import choose_index
 
+aten = torch.ops.aten
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Answered(TorchDispatchMode):
-    """Answers yes to a question about values that a meta tensor does not have.
+    """Answers for tensors without values what torch does not.
 
-    Models ask whether a mask is full, whether positions are those of one sequence, whether numbers are finite; in
-    training all of it is so.
+    Models ask whether a mask is full, whether positions are those of one sequence, whether numbers are finite: in
+    training all of it is so. For the shapes of experts' products torch knows bfloat16 alone.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta
-        return True if asked and args[0].dtype == torch.bool else func(*args, **(kwargs or {}))
+        if func is aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        if func.overloadpacket is aten._grouped_mm:
+            first, second = args[:2]
+            groups = (args[2].numel(),) if first.dim() == second.dim() == 2 else first.shape[:-2]
+            return first.new_empty(*groups, first.shape[-2], second.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def build_skeleton(directory: str | Path) -> Any:

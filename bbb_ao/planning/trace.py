@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.live_bytes import peak_bytes
+from bbb_ao.planning.skeleton import Answered
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.distill import masks_given, stage_loss
 from bbb_ao.recipes.optimization import autocast, codes_kept, trainable_groups
@@ -25,21 +25,10 @@ from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall
 
 
-class _GroupedProducts(TorchDispatchMode):
-    """Shapes of experts' products in every type: torch's own function for fake tensors knows bfloat16 alone."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is not torch.ops.aten._grouped_mm:
-            return func(*args, **(kwargs or {}))
-        first, second = args[:2]
-        groups = (args[2].numel(),) if first.dim() == second.dim() == 2 else first.shape[:-2]
-        return first.new_empty(*groups, first.shape[-2], second.shape[-1])
-
-
 @contextmanager
 def without_values() -> Iterator[None]:
     """Tensors that are made here have a device, a shape and a type, and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _GroupedProducts():
+    with FakeTensorMode(allow_non_fake_inputs=True), Answered():
         yield
 
 
