@@ -27,6 +27,7 @@ ADAPTER, TOKENIZER_SETTINGS = "adapter_config.json", "tokenizer_config.json"
 QUANT_METHOD = "bitbybit"
 # Endings of the files that loaders read from a directory, whether they are meant to be there or not.
 LOADED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py", *PICKLES)
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "recipe.yaml")
 MOST_JSON_BYTES = 64 * 2**20
 MOST_LEVELS = 32
 JSON_FILES = ("generation_config.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "tokenizer.json")
@@ -65,6 +66,20 @@ def check_model_directory(
         name = error.filename or directory
         raise ModelError(f"{name}: file: expected it readable, got {error.strerror}; fix: check permissions") from None
     return config
+
+
+def check_config(model: str | Path) -> dict[str, Any]:
+    """The config.json of a full-precision model, which need not have its weights yet.
+
+    Raises:
+        ModelError: as `check_model_directory`, for this file alone.
+    """
+    try:
+        return _check_config(Path(model), allow_bitbybit=False)
+    except OSError as error:
+        raise ModelError(
+            f"{model}/{CONFIG}: file: expected it readable, got {error.strerror}; fix: check permissions"
+        ) from None
 
 
 def check_weights(model: "nn.Module") -> None:
@@ -137,9 +152,11 @@ def _levels(data: Any) -> int:
     return levels
 
 
-def fetch_model(model: str | Path) -> Path:
+def fetch_model(model: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
     """The directory of a model: as given, or downloaded from the hub (without pickles and code) into its cache.
 
+    Args:
+        patterns: names of the files to download.
     Raises:
         ModelError: nothing there, or a hub id that cannot be downloaded.
     """
@@ -159,11 +176,7 @@ def fetch_model(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "recipe.yaml"]
-            )
-        )
+        return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client, its network library and the disk each raise their own
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(

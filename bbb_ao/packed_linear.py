@@ -101,6 +101,23 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, buffer)
 
     @classmethod
+    def allocate(cls, qat: QATLinear, max_bits: int, bias_dtype: torch.dtype) -> "PackedLinear":
+        """Empty buffers for a QATLinear, on its device: what `from_qat` fills."""
+        return cls(
+            qat.in_features,
+            qat.out_features,
+            qat.stored_features,
+            qat.grid,
+            max_bits,
+            act_bits=qat.act_bits,
+            expands_input=qat.expands_input,
+            padding=qat.padding,
+            stored_rows=None if qat.out_index is None else qat.out_index.numel(),
+            bias_dtype=None if qat.bias is None else bias_dtype,
+            device=qat.weight.device,
+        )
+
+    @classmethod
     def from_qat(cls, qat: QATLinear, max_bits: int, bias_dtype: torch.dtype = torch.float32) -> "PackedLinear":
         """Pack a QATLinear; codes are derived from its rounded scales.
 
@@ -112,19 +129,7 @@ class PackedLinear(nn.Module):
         grid, weight = qat.grid, qat.weight.detach()
         if check_bits(max_bits, "max_bits") > grid.parent_bits:
             raise ValueError(f"max_bits: expected at most parent_bits = {grid.parent_bits}, got {max_bits}")
-        packed = cls(
-            qat.in_features,
-            qat.out_features,
-            qat.stored_features,
-            grid,
-            max_bits,
-            act_bits=qat.act_bits,
-            expands_input=qat.expands_input,
-            padding=qat.padding,
-            stored_rows=None if qat.out_index is None else qat.out_index.numel(),
-            bias_dtype=None if qat.bias is None else bias_dtype,
-            device=weight.device,
-        )
+        packed = cls.allocate(qat, max_bits, bias_dtype)
         with torch.no_grad():
             scale, zero_point = qat.rounded_scales()
             quantized = quantize_weight(weight, scale, zero_point, grid)

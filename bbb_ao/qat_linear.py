@@ -83,7 +83,8 @@ class QATLinear(nn.Linear):
         if out_index is not None:
             check_index(out_index, linear.out_features, grid.group_size, "out_index")
         host.register_buffer("ocs_index", None if index is None else index.to(linear.weight.device, copy=True))
-        host.padding = 0 if index is None else int((index == linear.in_features).sum())
+        # An index on the meta device has no values to count.
+        host.padding = 0 if index is None or index.is_meta else int((index == linear.in_features).sum())
         host.register_buffer("out_index", None if out_index is None else out_index.to(linear.weight.device, copy=True))
         dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         master = linear.weight.detach().to(dtype)

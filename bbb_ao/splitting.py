@@ -77,6 +77,8 @@ def choose_index(metric: Tensor, ratio: float, group_size: int = 32) -> Tensor |
 def check_index(index: Tensor, in_features: int, group_size: int, where: str = "index") -> None:
     """Refuse an index that does not hold every channel once, then duplicates at most once each, then padding.
 
+    On the meta device it has a shape and a type alone.
+
     Raises:
         ValueError: with `where` in the message.
     """
@@ -86,6 +88,8 @@ def check_index(index: Tensor, in_features: int, group_size: int, where: str = "
             f"{where}: expected int32 of a length divisible by {group_size} and at least {in_features}, "
             f"got {index.dtype} {tuple(index.shape)}; {fix}"
         )
+    if index.is_meta:
+        return
     values = index.detach().cpu().long()
     if values.numel() and (int(values.min()) < 0 or int(values.max()) > in_features):
         raise ValueError(
@@ -103,7 +107,7 @@ def check_index(index: Tensor, in_features: int, group_size: int, where: str = "
 
 def split_mask(index: Tensor, in_features: int) -> Tensor:
     """True for stored columns that are one of two copies: bool [stored_features]."""
-    counts = torch.bincount(index.long(), minlength=in_features + 1)
+    counts = index.new_zeros(in_features + 1).index_add(0, index.long(), torch.ones_like(index))
     counts[in_features] = 0
     return counts[index.long()] == 2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bbb_ao"
-LAYERS = ("kernels", "core", "passes", "recipes", "report", "cli")
+LAYERS = ("kernels", "core", "passes", "recipes", "planning", "report", "cli")
 # The front of the package names everything that is public; the demo is an application on top.
 FRONT = {"__init__", "__main__", "demo"}
 

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from bbb_ao.cli.doctor import doctor
+from bbb_ao.cli.plan import check_plan, plan_command
 from bbb_ao.cli.report import report
 from bbb_ao.cli.spread import SpreadCommand
+from bbb_ao.cli.tables import print_table
 from bbb_ao.cli.verify import verify
 from bbb_ao.errors import ModelError, RecipeError
 
@@ -104,6 +106,7 @@ def train(
         from bbb_ao.recipes.progress import Progress
 
         place = choose_device(device)
+        check_plan(directory, settings, place, output)
         command = _train_command(model, data, recipe, output, overrides or [], device, log)
         with Progress(len(settings.stages), record) as progress:
             result = compress(
@@ -124,6 +127,9 @@ def _train_command(
         given = [value for value in values if value is not None]
         words += [option, *given] if given else []
     return shlex.join(words)
+
+
+app.command("plan", cls=SpreadCommand)(plan_command)
 
 
 @app.command("eval", cls=SpreadCommand)
@@ -264,7 +270,7 @@ def assign(
         bits_per_weight=budget,
         size=size,
     )
-    _print_table([("layer", "bits"), *found.widths.items()])
+    print_table([("layer", "bits"), *found.widths.items()])
     typer.echo(f"{output}: {found.bits_per_weight:.3f} bits per weight read, {found.stored_bits:.3f} stored")
 
 
@@ -296,7 +302,7 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
     size, count = sum(row.bytes for row in layers), sum(row.in_features * row.out_features for row in layers)
     rows.append(("total", "", "", "", 8 * size / max(count, 1), sum(row.split_channels for row in layers), size))
     heads = ("layer", "widths", "bits", "act_bits", "bits_per_weight", "split_channels", "bytes")
-    _print_table([heads, *rows])
+    print_table([heads, *rows])
 
 
 app.command()(verify)
@@ -357,11 +363,3 @@ def _sentence(row: dict[str, Any]) -> str:
         return f"{width}: {row['task']} {row['metric']} {row['value']:.4f}{error} ({row['samples']} samples)"
     of = "round to nearest, " if row["of"] == "round_to_nearest" else ""
     return f"{of}{width}: perplexity {row['ppl']:.4f} ({row['windows']} windows, {row['tokens']} tokens, {row['data']})"
-
-
-def _print_table(rows: Sequence[Sequence[Any]]) -> None:
-    """Columns as wide as their cells; the first to the left, the others to the right."""
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        typer.echo("  ".join([row[0].ljust(sizes[0]), *(c.rjust(s) for c, s in zip(row[1:], sizes[1:], strict=True))]))

@@ -151,6 +151,8 @@ def train_block_stage(
                         saving(number),
                     )
                 )
+            # They hold the streams that are replaced below.
+            del load, loss_of
             # Before the block feeds the next one, so that what it learned is safe.
             if on_block is not None:
                 on_block(number, name, fits[-1])

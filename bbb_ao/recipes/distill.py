@@ -11,7 +11,7 @@ is summed over the stage's widths with their weights. Sources: design.md, sectio
 BitDistiller's (Du et al., arXiv 2402.10631, equations of CAKLD).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from bbb_ao.recipes.loop_state import Saving
 from bbb_ao.recipes.memory import Memory
 from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows
 from bbb_ao.recipes.stages import Recipe, Stage
-from bbb_ao.recipes.streams import record_calls
+from bbb_ao.recipes.streams import BlockCall, record_calls
 
 
 def divergence(
@@ -76,9 +76,15 @@ def usual_masks(teacher: nn.Module, student: nn.Module, ids: Tensor) -> Iterator
     Args:
         ids: [1, tokens], int64, of the length that the models will be called with.
     """
-    calls = record_calls(teacher, [block for _, block in find_blocks(teacher)], ids)
+    with masks_given((teacher, student), record_calls(teacher, [block for _, block in find_blocks(teacher)], ids)):
+        yield
+
+
+@contextmanager
+def masks_given(models: Iterable[nn.Module], calls: Sequence[BlockCall]) -> Iterator[None]:
+    """Let the blocks of every model get the attention masks of these calls, one for each block."""
     handles = []
-    for model in (teacher, student):
+    for model in models:
         for (_, block), call in zip(find_blocks(model), calls, strict=True):
             if "attention_mask" in call.kwargs:
                 hook = partial(_with_mask, call.kwargs["attention_mask"])
@@ -149,30 +155,34 @@ def _model_loss(
     memory: Memory,
 ) -> Callable[[Tensor], Tensor]:
     """The loss of a micro-batch of ids, [batch, tokens], summed over the stage's widths with their weights."""
-    factors = stage.loss_weights or (1.0,) * len(stage.widths)
     reverse = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(stage.objective)
     if stage.objective == "mixed_kl":
         reverse = memory.retry(
             lambda size: confidence(teacher, sequences, size, device), min(micro_batch, len(sequences)), stage.name
         )
+    return partial(stage_loss, teacher, student, stage, reverse)
 
-    def loss_of(ids: Tensor) -> Tensor:
-        target = None
-        if reverse is not None:
-            with torch.no_grad(), autocast(device):
-                target = teacher(ids, use_cache=False).logits
-        total = torch.zeros((), device=device)
-        for width, factor in zip(stage.widths, factors, strict=True):
-            if factor == 0:
-                continue
-            set_training_bits(student, width, stage.act_bits)
-            with autocast(device):
-                logits = student(ids, use_cache=False).logits
-            if target is None or reverse is None:
-                loss = next_token_loss(logits, ids)
-            else:
-                loss = divergence(target, logits, stage.kl_temperature, reverse)
-            total = total + factor * loss
-        return total
 
-    return loss_of
+def stage_loss(teacher: nn.Module, student: nn.Module, stage: Stage, reverse: float | None, ids: Tensor) -> Tensor:
+    """The stage's loss on ids, [batch, tokens].
+
+    Args:
+        reverse: share of the reverse divergence, 0 to 1; None is the loss of the text alone.
+    """
+    target = None
+    if reverse is not None:
+        with torch.no_grad(), autocast(ids.device):
+            target = teacher(ids, use_cache=False).logits
+    total = torch.zeros((), device=ids.device)
+    for width, factor in zip(stage.widths, stage.loss_weights or (1.0,) * len(stage.widths), strict=True):
+        if factor == 0:
+            continue
+        set_training_bits(student, width, stage.act_bits)
+        with autocast(ids.device):
+            logits = student(ids, use_cache=False).logits
+        if target is None or reverse is None:
+            loss = next_token_loss(logits, ids)
+        else:
+            loss = divergence(target, logits, stage.kl_temperature, reverse)
+        total = total + factor * loss
+    return total

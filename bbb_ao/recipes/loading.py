@@ -40,7 +40,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the Rust tokenizer raises bare Exception
-        raise _refused(directory, "tokenizer", error) from error
+        raise refused_by_transformers(directory, "tokenizer", error) from error
 
 
 def load_model(directory: str | Path, dtype: torch.dtype | str = "auto") -> Any:
@@ -67,7 +67,7 @@ def load_model(directory: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     except LOADING_ERRORS as error:
         if isinstance(error, BitByBitError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
-        raise _refused(directory, "model", error) from error
+        raise refused_by_transformers(directory, "model", error) from error
     # transformers fills what is missing with random values and only warns.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -83,7 +83,8 @@ def load_model(directory: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     return model.eval()
 
 
-def _refused(directory: str | Path, what: str, error: Exception) -> ModelError:
+def refused_by_transformers(directory: str | Path, what: str, error: Exception) -> ModelError:
+    """Its error for one of a directory's parts, as one line."""
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     return ModelError(
         f"{directory}: {what}: expected one that transformers loads, got: {reason}; fix: restore the files"

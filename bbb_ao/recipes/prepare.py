@@ -74,8 +74,7 @@ def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) ->
     selected = set(recipe.select(names))
     grid, split = recipe_grid(recipe), recipe.split
     norms: Mapping[str, Mapping[str, Tensor]] = {}
-    joint = split is not None and split.metric == "joint" and max(split.ratio_min, split.ratio_max) > 0
-    if run is not None and (joint or (recipe.clip is not None and recipe.clip.metric == "activation")):
+    if run is not None and reads_activations(recipe):
         norms = activation_norms(run, by_block)
     channels: list[SiteChannels] = []
     for number, (name, block) in enumerate(blocks):
@@ -93,6 +92,13 @@ def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) ->
         for linear in chosen & {consumer for site in plan.sites for consumer in site.consumers}:
             _initialize(block.get_submodule(linear), recipe, None if known is None else known[linear], run)
     return Prepared(plans, tuple(qat_linears(student)), tuple(channels))
+
+
+def reads_activations(recipe: Recipe) -> bool:
+    """Whether preparation runs the full-precision blocks for `activation_norms`."""
+    split = recipe.split
+    joint = split is not None and split.metric == "joint" and max(split.ratio_min, split.ratio_max) > 0
+    return joint or (recipe.clip is not None and recipe.clip.metric == "activation")
 
 
 def round_to_nearest(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -175,6 +181,11 @@ def restrict_plan(plan: RewritePlan, chosen: Collection[str], producer_rows: boo
     return replace(plan, sites=tuple(sites))
 
 
+def squares_of(states: Tensor) -> Tensor:
+    """Sum of squares of each feature over all tokens: [..., features] -> float64 [features]."""
+    return states.detach().double().square().flatten(0, -2).sum(0)
+
+
 def activation_norms(run: BlockRun, plans: Mapping[str, RewritePlan]) -> dict[str, dict[str, Tensor]]:
     """||X_m||_2 over the calibration tokens for every Linear: block name -> Linear -> [in_features].
 
@@ -188,7 +199,7 @@ def activation_norms(run: BlockRun, plans: Mapping[str, RewritePlan]) -> dict[st
         sums: dict[str, Tensor] = {}
 
         def observe(module: nn.Module, args: tuple, key: str, sums: dict[str, Tensor] = sums) -> None:
-            squares = args[0].detach().double().square().flatten(0, -2).sum(0)
+            squares = squares_of(args[0])
             sums[key] = sums[key] + squares if key in sums else squares
 
         consumers = [consumer for site in plans[name].sites for consumer in site.consumers]

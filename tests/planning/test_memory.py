@@ -1,0 +1,135 @@
+"""Terms of the memory's sum against what the training engine really holds."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from bbb_ao.passes import find_blocks
+from bbb_ao.planning import memory
+from bbb_ao.planning.job import Job
+from bbb_ao.planning.live_bytes import peak_bytes
+from bbb_ao.planning.skeleton import build_skeleton
+from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss, trained_bytes, training
+from bbb_ao.recipes import blockwise
+from bbb_ao.recipes.compress import train
+from bbb_ao.recipes.optimization import TailAverage, make_optimizer
+from bbb_ao.recipes.stages import Split, Stage
+from bbb_ao.recipes.streams import Stream
+
+CPU = torch.device("cpu")
+
+
+def make_job(make_directory, recipe, blocks: int = 2) -> Job:
+    return Job.prepare(build_skeleton(make_directory("llama", blocks)), recipe, CPU)
+
+
+def test_live_bytes_follow_storages() -> None:
+    x = torch.zeros(1000)
+
+    def run() -> torch.Tensor:
+        y = x + 1  # 4,000 bytes
+        z = y.view(10, 100)[2:]
+        del y
+        w = z * 2  # 3,200 more; y's storage lives on in z
+        del z
+        return w + w  # 3,200 more, the first 4,000 gone
+
+    assert peak_bytes(run, [x]) == 4000 + 3200
+    assert peak_bytes(lambda: x.view(-1).add_(1), [x]) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "lookahead"),
+    [(Stage(weight_bits=(8, 2), act_bits=4), 1), (Stage(weight_bits=2, train="scales"), 0)],
+    ids=["all", "scales"],
+)
+def test_traced_step_holds_what_a_real_one_does(stage: Stage, lookahead: int, make_directory, make_recipe) -> None:
+    recipe = make_recipe(stages=(stage,), micro_batch=2, lookahead=lookahead)
+    job = make_job(make_directory, recipe)
+    block, call, shape = job.blocks[-1], job.calls[-1], (2, 32, 64)
+    teacher = find_blocks(job.model)[-1][1].float()
+    traced = step_bytes(block, teacher, call, stage, recipe, shape, CPU, accumulates=True)
+    real, twin = (materialize(each, CPU, lambda tensor: tensor.normal_(0, 0.1)).eval() for each in (block, teacher))
+    call = materialize_call(call, CPU)
+    hidden, target = torch.randn(shape), torch.randn(shape)
+    ahead = [twin.requires_grad_(False)] * lookahead
+    with training(real, stage, recipe):
+
+        def step() -> None:
+            for _ in range(2):
+                step_loss(real, ahead, call, stage, hidden, target).backward()
+
+        held = [list(each.parameters()) + list(each.buffers()) for each in (real, twin)]
+        found = peak_bytes(step, [held, call.args, call.kwargs, hidden, target])
+    assert found == pytest.approx(traced, rel=0.02)
+
+
+def test_optimizer_counts_its_states(make_directory, make_recipe) -> None:
+    for stage, average in ((Stage(weight_bits=2), 0.0), (Stage(weight_bits=2, train="scales"), 0.5)):
+        recipe = make_recipe(stages=(stage,), average=average)
+        job = make_job(make_directory, recipe)
+        block: Any = materialize(job.blocks[job.largest], CPU)
+        with training(block, stage, recipe) as groups:
+            parameters = [p for group in groups for p in group["params"]]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer = make_optimizer(groups)
+            optimizer.step()
+            tail = TailAverage(parameters, average, 2)
+            tail.after(1)
+        moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+        held = sum(4 * tensor.numel() for tensor in (*moments, *tail.means))
+        assert memory.optimizer(job, stage) == held
+        assert trained_bytes(job.blocks[job.largest], stage, recipe) == sum(4 * p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kept", "lookahead"), [(1, False, 0), (2, False, 0), (4, False, 0), (4, True, 0), (4, False, 1)]
+)
+def test_live_streams_are_those_of_a_run(
+    blocks: int, kept: bool, lookahead: int, make_directory, make_recipe, monkeypatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    budget = 2**30 if kept else 0
+    monkeypatch.setattr(blockwise, "STREAM_BUDGET", budget)
+    monkeypatch.setattr(memory, "STREAM_BUDGET", budget)
+    recipe = make_recipe(
+        stages=(Stage(weight_bits=(8, 2), epochs=0.5), Stage(weight_bits=2, epochs=0.5)),
+        lookahead=lookahead,
+    )
+    directory = make_directory("llama", blocks)
+    config = AutoConfig.from_pretrained(directory)
+    live, most = set(), 0
+    make = Stream.__init__
+
+    def count(stream: Stream, *args: Any, **kwargs: Any) -> None:
+        nonlocal most
+        make(stream, *args, **kwargs)
+        live.add(id(stream))
+        most = max(most, len(live))
+        weakref.finalize(stream, live.discard, id(stream))
+
+    monkeypatch.setattr(Stream, "__init__", count)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    train(model, torch.randint(100, (8, 32)), recipe, CPU)
+    job = Job.prepare(build_skeleton(directory), recipe, CPU)
+    assert max(memory.live_streams(job, sources) for sources in (2, 1)) == most
+    assert job.stream_bytes == 8 * 32 * 64 * 4
+
+
+def test_end_to_end_memory_is_linear_in_blocks(make_directory, make_recipe) -> None:
+    stage = Stage(scope="model", weight_bits=2, batch_size=2)
+    alike = make_recipe(stages=(stage,), sequence_length=64, split=Split(ratio_min=0.5, ratio_max=0.5))
+    job = make_job(make_directory, alike, blocks=3)
+    traced = memory.model_step_bytes(job.model, job.student, job.calls, stage, job.recipe, (2, 64), CPU, False)
+    assert memory.model_step(job, stage) == traced
+
+
+def test_cache_on_disk_leaves_memory(make_directory, make_recipe) -> None:
+    job = make_job(make_directory, make_recipe(cache="disk"))
+    phase = memory.block_stage(job, 0)
+    assert "streams" not in phase.host
+    assert phase.disk == memory.live_streams(job, 1) * job.stream_bytes
