@@ -100,7 +100,7 @@ def export_dense(
     """
     check_output_directory(path)
     to_dense(model, dtype, bits)
-    for name in ("quantization_config", "bits"):
+    for name in ("quantization_config", "bits", "budget_gb"):
         if hasattr(model.config, name):
             delattr(model.config, name)
     for name in ("hf_quantizer", "quantization_method"):
