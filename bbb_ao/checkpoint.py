@@ -192,6 +192,11 @@ def describe(path: str | Path) -> list[LayerDescription]:
     return rows
 
 
+def openable_widths(path: str | Path) -> list[int]:
+    """The widths at which a packed checkpoint can be opened: those that each layer stores, a packed head aside."""
+    return sorted(set(range(2, 9)).intersection(*(row.widths for row in describe(path) if not row.fixed_bits)))
+
+
 def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
