@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
@@ -164,10 +163,10 @@ class Writer:
             options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
             try:
                 ids = self.tokenizer.apply_chat_template(prompt, **options).input_ids
-            except TemplateError as error:
+            except Exception as error:  # a template raises what it likes
                 raise RecipeError(
                     f"messages: expected some that fit the chat template, got: {error}; fix: change their roles"
-                ) from None
+                ) from error
         if not ids.shape[1]:
             raise RecipeError("prompt: expected at least one token, got none; fix: give some text")
         return ids.long()
