@@ -21,12 +21,14 @@ def fit_budget(model: nn.Module, budget_gb: float) -> int:
     Returns:
         the width, of those that every layer stores; every packed layer that is not fixed runs at it.
     Raises:
-        ModelError: budget_gb is no positive number.
+        ModelError: budget_gb is no positive number, or no width is stored by every layer.
         ResourceError: no width fits; names the smallest size.
     """
     if isinstance(budget_gb, bool) or not isinstance(budget_gb, int | float) or not 0 < budget_gb < math.inf:
         raise ModelError(f"budget_gb: expected a positive number of GB, got {budget_gb!r}; fix: give one")
     sizes = {bits: loaded_bytes(model, bits) for bits in common_widths(model)}
+    if not sizes:
+        raise ModelError("budget_gb: expected a width that every layer stores, got none; fix: leave it out")
     fitting = [bits for bits, size in sizes.items() if size <= budget_gb * 1e9]
     if not fitting:
         bits, size = min(sizes.items(), key=lambda item: item[1])

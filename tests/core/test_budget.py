@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from bbb_ao.budget import fit_budget
 from bbb_ao.checkpoint import save_packed
 from bbb_ao.convert import convert_model
 from bbb_ao.errors import ModelError, ResourceError
-from bbb_ao.packed_linear import common_widths, packed_linears, set_bits
+from bbb_ao.grid import Grid
+from bbb_ao.packed_linear import PackedLinear, common_widths, packed_linears, set_bits
 from core.conftest import TOKENS, prepared_llama
 
 
@@ -61,6 +63,12 @@ def test_no_width_fits(checkpoint, sizes: dict[int, int]) -> None:
         ResourceError, match=r"^budget_gb: expected at least 0\.001 GB, the size at 2 bits, got 1e-05; "
     ):
         load(checkpoint.path, budget_gb=0.00001)
+
+
+def test_layers_without_a_common_width_have_no_budget() -> None:
+    layers = nn.Sequential(*(PackedLinear(32, 8, 32, Grid(kind="integer", zero_point_bits=2), bits) for bits in (2, 4)))
+    with pytest.raises(ModelError, match="a width that every layer stores, got none"):
+        fit_budget(layers, 1)
 
 
 @pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf"), "2", True])
