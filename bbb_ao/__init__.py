@@ -21,6 +21,7 @@ _HOMES = {
     "Grid": "bbb_ao.grid",
     "PackedLinear": "bbb_ao.packed_linear",
     "QATLinear": "bbb_ao.qat_linear",
+    "at_bits": "bbb_ao.speculation",
     "bitbybit_qat": "bbb_ao.quantize",
     "compress": "bbb_ao.recipes.compress",
     "convert_model": "bbb_ao.convert",
@@ -32,6 +33,7 @@ _HOMES = {
     "quantize_": "bbb_ao.quantize",
     "save_packed": "bbb_ao.checkpoint",
     "set_bits": "bbb_ao.packed_linear",
+    "speculate": "bbb_ao.speculation",
     "split_channels": "bbb_ao.splitting",
     "unfuse_projections": "bbb_ao.passes.fuse_projections",
 }
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from bbb_ao.quantize import bitbybit_qat as bitbybit_qat
     from bbb_ao.quantize import quantize_ as quantize_
     from bbb_ao.recipes.compress import compress as compress
+    from bbb_ao.speculation import at_bits as at_bits
+    from bbb_ao.speculation import speculate as speculate
     from bbb_ao.splitting import merge_channels as merge_channels
     from bbb_ao.splitting import split_channels as split_channels
     from bbb_ao.storage import footprint as footprint

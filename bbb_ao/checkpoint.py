@@ -93,7 +93,7 @@ def export_dense(
     """
     check_output_directory(path)
     to_dense(model, dtype, bits)
-    for name in ("quantization_config", "bits"):
+    for name in ("quantization_config", "bits", "budget_gb"):
         if hasattr(model.config, name):
             delattr(model.config, name)
     for name in ("hf_quantizer", "quantization_method"):
@@ -185,6 +185,11 @@ def describe(path: str | Path) -> list[LayerDescription]:
             )
         )
     return rows
+
+
+def openable_widths(path: str | Path) -> list[int]:
+    """The widths at which a packed checkpoint can be opened: those that each layer stores, a packed head aside."""
+    return sorted(set(range(2, 9)).intersection(*(row.widths for row in describe(path) if not row.fixed_bits)))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -55,6 +55,35 @@ def _common_prefix(first: str, second: str) -> int:
     return shared
 
 
+def gather_inputs(model: nn.Module) -> nn.Module:
+    """Let every packed layer gather its own split channels, in place, instead of the module before it.
+
+    The same function, with an index for each layer: for loaders that know linear layers alone, such as vLLM's.
+
+    Returns:
+        `model`.
+    Raises:
+        ValueError: a layer whose index is not known. Nothing was changed.
+    """
+    layers = packed_linears(model)
+    indices = {name: _columns_index(model, name, layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if layer.fused is not None:
+            layer.fused.dissolve()
+        layer.out_index = None
+        index = indices[name]
+        if index is not None and not layer.expands_input:
+            layer.ocs_index, layer.expands_input, layer.index_source = index.clone(), True, f"{name}.ocs_index"
+    _undo_duplicates(model)
+    return model
+
+
+def _undo_duplicates(model: nn.Module) -> None:
+    for module in model.modules():
+        if "duplicate_index" in module._buffers:
+            undo_duplicate_output(module)
+
+
 def to_dense(model: nn.Module, dtype: torch.dtype, bits: int | None = None) -> nn.Module:
     """Replace every PackedLinear in place by a plain nn.Linear with the dequantized weight, split channels merged.
 
@@ -82,9 +111,7 @@ def to_dense(model: nn.Module, dtype: torch.dtype, bits: int | None = None) -> n
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         become(layer, linear)
-    for module in model.modules():
-        if "duplicate_index" in module._buffers:
-            undo_duplicate_output(module)
+    _undo_duplicates(model)
     return model
 
 

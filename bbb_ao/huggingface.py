@@ -1,6 +1,11 @@
-"""The Hugging Face quantizer: `AutoModelForCausalLM.from_pretrained(directory, bits=4)` after `import bbb_ao`."""
+"""The Hugging Face quantizer: `AutoModelForCausalLM.from_pretrained(directory, bits=4)` after `import bbb_ao`.
 
-from collections.abc import Mapping
+`budget_gb=2.5` instead of `bits` opens the widest width whose weights fit (`bbb_ao.budget`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bbb_ao.budget import fit_budget
 from bbb_ao.duplication import duplicate_output
 from bbb_ao.errors import ModelError
 from bbb_ao.grid import Grid
@@ -70,7 +76,23 @@ class BitByBitHfQuantizer(HfQuantizer):
             check_stored(described, stored)
         build_packed_modules(model, self.quantization_config)
         check_shapes(model, stored)
+        files = kwargs.get("checkpoint_files") or ()
+        if getattr(model.config, "budget_gb", None) is not None:
+            self._fit_budget(model, files)
         return model
+
+    def _fit_budget(self, model: Any, files: Sequence[str | Path]) -> None:
+        """Open the model at the width of its `budget_gb`; what is saved from it has that width as its widest."""
+        config = model.config
+        # By the attribute alone, bits= cannot be told from the width that the checkpoint opens at.
+        stored = json.loads((Path(files[0]).parent / "config.json").read_bytes()) if files else vars(config)
+        if getattr(config, "bits", None) != stored.get("bits"):
+            raise ModelError("bits: expected it or budget_gb, got both; fix: give one of them")
+        config.bits, config.budget_gb = fit_budget(model, config.budget_gb), None
+        for name, layer in packed_linears(model).items():
+            self.quantization_config.modules[name]["max_bits"] = layer.max_bits
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.plane_(mid|low)$"}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_indices(model)
@@ -264,6 +286,8 @@ def attach_quantizer(model: Any, bits: int | None) -> None:
     config = quantization_config(model, own_bits=bits is None)
     model.config.quantization_config = config
     model.config.bits = bits
+    # An attribute of the configuration, so that `from_pretrained(directory, budget_gb=...)` takes it.
+    model.config.budget_gb = None
     model.hf_quantizer = BitByBitHfQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD

@@ -259,6 +259,13 @@ def free_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: layer for name, layer in packed_linears(model).items() if not layer.fixed_bits}
 
 
+def common_widths(model: nn.Module) -> list[int]:
+    """The widths that every packed layer stores, but for those with `fixed_bits`, ascending; empty without any."""
+    layers = free_layers(model).values()
+    stored = [set(stored_widths(layer.grid.kind, layer.max_bits)) for layer in layers]
+    return sorted(set.intersection(*stored)) if stored else []
+
+
 def check_widths(model: nn.Module, bits: int | None) -> dict[str, PackedLinear]:
     """`free_layers(model)`, each of which stores width `bits` (None: the one that it runs at).
 

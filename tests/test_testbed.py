@@ -18,6 +18,7 @@ from bbb_ao.recipes.evaluate import perplexity
 from bbb_ao.recipes.loading import load_model, load_tokenizer
 from bbb_ao.recipes.prepare import round_to_nearest
 from bbb_ao.recipes.stages import Recipe, Stage
+from bbb_ao.speculation import at_bits, speculate
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 MODEL = SHARED / "testbed" / "openstax-llama-16m"
@@ -60,3 +61,13 @@ def test_every_width_agrees_before_and_after_saving(tmp_path: Path, windows: dic
         after = perplexity(load_model(folder, "float32"), windows[text])
         assert after == pytest.approx(before, abs=5e-4)
         assert reference_perplexity(folder, text) == pytest.approx(before, abs=5e-4)
+
+
+def test_drafts_of_two_bits_give_the_tokens_of_eight() -> None:
+    recipe = Recipe(name="rtn", stages=(Stage(weight_bits=(8, 4, 2)),))
+    packed = convert_model(round_to_nearest(load_model(MODEL, "float32"), recipe), 8).eval()
+    model, draft, tokenizer = set_bits(packed, 8), at_bits(packed, 2), load_tokenizer(MODEL)
+    for prompt in ("The cell membrane is", "In economics, demand"):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(ids, max_new_tokens=10, do_sample=False)
+        assert torch.equal(speculate(model, draft, ids, 3, max_new_tokens=10).sequences, expected)

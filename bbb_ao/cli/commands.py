@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from bbb_ao.cli.doctor import doctor
+from bbb_ao.cli.generate import generate
 from bbb_ao.cli.plan import check_plan, plan_command
 from bbb_ao.cli.report import report
+from bbb_ao.cli.serve import serve
 from bbb_ao.cli.spread import SpreadCommand
 from bbb_ao.cli.tables import print_table
 from bbb_ao.cli.verify import verify
@@ -274,6 +276,10 @@ def assign(
     typer.echo(f"{output}: {found.bits_per_weight:.3f} bits per weight read, {found.stored_bits:.3f} stored")
 
 
+app.command()(generate)
+app.command()(serve)
+
+
 @app.command()
 def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory.")]) -> None:
     """A line per layer: widths, the one it opens at, bits per weight, split channels, bytes."""
@@ -335,12 +341,12 @@ def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> S
         return [None]
     if not bits:
         return [config.get("bits") or "mixed"]
-    from bbb_ao.checkpoint import describe
+    from bbb_ao.checkpoint import openable_widths
 
-    stored = set(range(2, 9)).intersection(*(row.widths for row in describe(directory) if not row.fixed_bits))
+    stored = openable_widths(directory)
     for width in bits:
         if width not in stored:
-            have = ", ".join(map(str, sorted(stored)))
+            have = ", ".join(map(str, stored))
             raise ModelError(f"{directory}: bits: expected one of {have}, as stored, got {width}; fix: change --bits")
     return bits
 

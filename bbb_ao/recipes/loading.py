@@ -43,11 +43,12 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise refused_by_transformers(directory, "tokenizer", error) from error
 
 
-def load_model(directory: str | Path, dtype: torch.dtype | str = "auto") -> Any:
+def load_model(directory: str | Path, dtype: torch.dtype | str = "auto", budget_gb: float | None = None) -> Any:
     """The causal language model of a directory that `check_model_directory` passed, in evaluation mode, on the CPU.
 
     Args:
         dtype: of everything that is not packed; "auto" as stored.
+        budget_gb: of a packed checkpoint; see `bbb_ao.budget.fit_budget`.
     Raises:
         ModelError: it cannot be built or loaded, a tensor is missing, or a weight is NaN or infinite.
     """
@@ -60,8 +61,9 @@ def load_model(directory: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     if logging.root.manager.disable >= logging.WARNING:
         transformers_logging.disable_progress_bar()
     try:
+        budget = {} if budget_gb is None else {"budget_gb": budget_gb}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **budget
         )
         model, report = loaded
     except LOADING_ERRORS as error:

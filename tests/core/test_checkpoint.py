@@ -279,6 +279,26 @@ def test_configurations_that_do_not_fit_are_refused(damaged, change) -> None:
         load(damaged(config=change))
 
 
+def test_dense_export_loads_where_the_package_is_not(tmp_path: Path) -> None:
+    packed = copy.deepcopy(packed_llama())
+    expected = logits(set_bits(packed, 2)).argmax(-1)
+    export_dense(packed, None, tmp_path / "dense", 2, torch.float32)
+    code = (
+        "import json, sys\n"
+        "sys.modules['bbb_ao'] = None  # an import of it fails\n"
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "with torch.no_grad():\n"
+        "    print(model(torch.tensor(json.loads(sys.argv[2]))).logits.argmax(-1).tolist())\n"
+        "assert not [name for name in sys.modules if name.startswith('bbb_ao.')]"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "dense"), str(TOKENS.tolist())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected.tolist()
+
+
 @pytest.mark.parametrize("bits", [1, 9, 3.5, "2"])
 def test_widths_that_are_not_stored_are_refused(checkpoint, bits: object) -> None:
     with pytest.raises(ModelError, match="bits"):
