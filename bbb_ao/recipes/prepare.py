@@ -84,11 +84,12 @@ def prepare_student(student: nn.Module, recipe: Recipe, run: BlockRun | None) ->
         known = norms.get(name)
         ranks = known if split is not None and split.metric == "joint" else None
         indices = choose_indices(block, plan, ratio, ranks, grid.group_size)
-        before = site_metrics(block, plan, ranks)
+        before = {} if run is None else site_metrics(block, plan, ranks)
         apply_plan(block, plan, indices, partial(_build, recipe=recipe, grid=grid))
-        after = site_metrics(block, plan, ranks, indices)
-        metric = "weight" if ranks is None else "joint"
-        channels += site_channels(number, name, plan, metric, before, after, indices)
+        if run is not None:
+            after = site_metrics(block, plan, ranks, indices)
+            metric = "weight" if ranks is None else "joint"
+            channels += site_channels(number, name, plan, metric, before, after, indices)
         for linear in chosen & {consumer for site in plan.sites for consumer in site.consumers}:
             _initialize(block.get_submodule(linear), recipe, None if known is None else known[linear], run)
     return Prepared(plans, tuple(qat_linears(student)), tuple(channels))
