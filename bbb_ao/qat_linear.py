@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bbb_ao.activations import fake_quantize_activation
 from bbb_ao.fake_quant_tensor import FakeQuantTensor
 from bbb_ao.grid import Grid, check_bits, group, round_learned, scale_and_zero_point
+from bbb_ao.kernels import dequantize, quantize, slice_codes
 from bbb_ao.splitting import check_index, expand_channels, merge_channels, split_channels
 
 
@@ -29,6 +30,7 @@ class QATLinear(nn.Linear):
         padding: trailing stored columns that are padding.
         detach_scales: closed-form scales pass no gradient to the weight.
         frozen_scale: the scale at which the codes were frozen, [out_features, groups], or None; see `freeze_codes`.
+        bounds: (lowest, highest) weight that keeps a code's top bits, weight's shape, or None; see `keep_top_bits`.
     """
 
     bits: int | None
@@ -42,6 +44,7 @@ class QATLinear(nn.Linear):
     scale: nn.Parameter | None
     zero_point: nn.Parameter | None
     frozen_scale: Tensor | None = None
+    bounds: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_linear(
@@ -144,6 +147,33 @@ class QATLinear(nn.Linear):
             with torch.no_grad():
                 self.weight.copy_(self._master(self.rounded_scales()[0]))
             self.frozen_scale = None
+
+    def keep_top_bits(self, bits: int, weight: Tensor | None) -> None:
+        """Keep the scales and the top `bits` of every code as they are.
+
+        `bounds` are set to the weights of the lowest and the highest parent code with the same top bits. Whoever trains
+        the master has to clamp it to them after each step.
+
+        Args:
+            weight: of the Linear that this one came from, [out_features, in_features]: the master becomes what is
+                nearest to it within the bounds. None leaves the master where it is.
+        """
+        self.learn_scales()
+        scale, zero_point = (tensor.detach() for tensor in self.rounded_scales())
+        half_step, parent = self.grid.half_step, self.grid.parent_bits
+        groups = group(self.weight.detach(), self.grid.group_size)
+        codes = slice_codes(quantize(groups, scale, zero_point, half_step, parent), bits, half_step, parent)
+        # Codes of the integer grid are rounded to their top bits, those of the half-step grid are cut.
+        width = 2 ** (parent - bits)
+        lowest = codes * width - (0 if half_step else width // 2)
+        ends = lowest.clamp(min=0), torch.where(codes == 2**bits - 1, 2**parent - 1, lowest + width - 1)
+        low, high = (dequantize(end, scale, zero_point, parent, half_step).flatten(1) for end in ends)
+        with torch.no_grad():
+            start = self.weight if weight is None else weight.to(self.weight)
+            if weight is not None and self.ocs_index is not None:
+                start = self._split(start, bits)
+            self.weight.copy_(start.clamp(low, high))
+        self.bounds = low, high
 
     def _master(self, scale: Tensor) -> Tensor:
         """The weight, rescaled where its codes are frozen."""

@@ -24,9 +24,9 @@ SUITES = [folder for folder in ("tests/gpu", "tests/kernels") if (ROOT / folder)
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-p", "no:cacheprovider", "-rfE"]
 CHECKER = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86"]
 PROBE = [sys.executable, "-c", "import torch; print(torch.ones(3, device='cuda').sum().item())"]
-TEST_SECONDS, CHECKER_SECONDS, PROBE_SECONDS = 110, 45, 20
+TEST_SECONDS, CHECKER_SECONDS, PROBE_SECONDS = 270, 90, 30
 # Compiling kernels takes most of the time, and every worker compiles its own.
-WORKERS = 8
+WORKERS = 12
 
 
 def run(command: list[str], seconds: float, log: Path, **variables: str) -> tuple[int, str, float]:

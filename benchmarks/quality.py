@@ -15,6 +15,7 @@ environment variable COMMIT names the commit.
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -37,7 +38,7 @@ from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.compress import train
 from bbb_ao.recipes.evaluate import perplexity
-from bbb_ao.recipes.generation import generate_sequences
+from bbb_ao.recipes.generation import PROMPT, generate_sequences
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.storage import footprint
 
@@ -65,8 +66,12 @@ def write_generated(arguments: argparse.Namespace) -> None:
     device, model = _device(), _load(arguments.model)
     tokens = load_file(arguments.tokens)
     start = time.perf_counter()
-    prompts = draw(tokens["calibration"], arguments.sequences, arguments.length, arguments.seed)
-    written = generate_sequences(model, prompts, arguments.sequences, arguments.seed, device, arguments.batch)
+    prompts, given = draw(tokens["calibration"], arguments.sequences, arguments.length, arguments.seed), PROMPT
+    if arguments.from_start:
+        prompts, given = torch.full_like(prompts, model.config.bos_token_id), 1
+    written = generate_sequences(
+        model, prompts, arguments.sequences, arguments.seed, device, arguments.batch, prompt=given
+    )
     tokens["generated"] = written.to(torch.int32)
     save_file(tokens, arguments.tokens)
     print(f"{written.numel()} tokens generated in {time.perf_counter() - start:.0f} s, seed {arguments.seed}")
@@ -131,7 +136,7 @@ def run_one(
         **environment(seed),
     }
     last, rows = recipe.stages[-1], []
-    between = [width for width in NESTED if last.widths[-1] < width < last.widths[0]]
+    between = [width for width in NESTED if last.narrowest <= width < last.widths[0]]
     student.to(device)
     for width in sorted({*last.widths, *between}, reverse=True):
         set_training_bits(student, width, last.act_bits)
@@ -175,6 +180,7 @@ def run_in_parallel(arguments: argparse.Namespace) -> None:
     pending = pending_runs(rows, arguments.experiments, arguments.seeds, Path(arguments.tokens).name)
     variables = os.environ | {"COMMIT": commit()}
     variables.setdefault("OMP_NUM_THREADS", "1")
+    gpus = itertools.cycle(visible_gpus())
     running: list[tuple[subprocess.Popen, Path, str, float]] = []
     try:
         while running or (pending and time.monotonic() - start < arguments.deadline):
@@ -183,7 +189,7 @@ def run_in_parallel(arguments: argparse.Namespace) -> None:
                 part = output.with_suffix(f".{os.getpid()}-{len(pending)}.part")
                 command = [sys.executable, __file__, "run", "--model", arguments.model, "--tokens", arguments.tokens]
                 command += ["--experiments", name, "--seeds", str(seed), "--output", str(part)]
-                process = subprocess.Popen(command, env=variables)
+                process = subprocess.Popen(command, env=variables | next(gpus))
                 running.append((process, part, f"{name} seed {seed}", time.monotonic()))
             time.sleep(0.2)
             for item in running[:]:
@@ -207,6 +213,12 @@ def run_in_parallel(arguments: argparse.Namespace) -> None:
             part.unlink(missing_ok=True)
     if pending:
         print(f"{len(pending)} runs were not started; run the same command again", flush=True)
+
+
+def visible_gpus() -> list[dict[str, str]]:
+    """For each GPU that this process may use the environment of one that uses it alone; without a GPU nothing."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in named.split(",") if name] or [{}]
 
 
 def run_of(row: dict[str, Any]) -> tuple[str, int, str | None]:
@@ -303,6 +315,7 @@ def main() -> None:
     generate.add_argument("--sequences", type=int, required=True)
     generate.add_argument("--length", type=int, default=1024)
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--from-start", action="store_true", help="without a prompt of calibration text")
     generate.add_argument("--batch", type=int, default=256, help="sequences at a time")
     generate.set_defaults(function=write_generated)
     runs = commands.add_parser("run", help="train and measure")

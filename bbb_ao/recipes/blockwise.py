@@ -4,6 +4,9 @@ loss = mean((B_q(x_q) - B(x))**2) / mean((B(x) - x)**2), with B_q the quantized 
 output x_q, and B the full-precision block fed with the full-precision prefix's output x. The denominator (the block's
 own change of its input, over all calibration tokens) makes learning rates and clipping independent of the model's
 scale. Source: design.md, section 1.4 (Xu et al., equation of the block loss).
+
+With `lookahead`, the output goes on through as many full-precision blocks, each compared in the same way, and the loss
+is the mean of all: what the blocks behind would make of an error counts, not its size alone.
 """
 
 from collections.abc import Callable
@@ -82,7 +85,7 @@ def stream_widths(stage: Stage, higher: Stage | None, recipe: Recipe) -> list[tu
     own: list[tuple[int | None, int | None]] = [(width, stage.act_bits) for width in stage.widths]
     if recipe.input_stream == "quantized":
         return own
-    first = (None, None) if higher is None else (higher.widths[-1], higher.act_bits)
+    first = (None, None) if higher is None else (higher.narrowest, higher.act_bits)
     return [first, *own[:-1]]
 
 
@@ -107,53 +110,80 @@ def train_block_stage(
     """
     inputs = stream_widths(stage, higher, run.recipe)
     chosen = stage_rows(stage, run.generated, len(run.sequences))
-    teacher_stream = run.entry
+    teachers = Teachers(run)
     streams = dict.fromkeys(inputs, run.entry)
     fits = []
     for number, (name, call) in enumerate(zip(run.names, run.calls, strict=True)):
-        teacher = working_copy(run.teacher_blocks[number], run.device)
         student = student_model.get_submodule(name).to(run.device)
-        run_teacher = partial(run.run, call, teacher)
-        following = run.behind(number, teacher_stream, teacher)
-        load, loss_of = _block_loss(
-            run, call, stage, student, run_teacher, teacher_stream, following, streams, inputs, chosen
-        )
-        with codes_kept(student, stage):
+        run_student = partial(run.run, call, student)
+        load, loss_of = _block_loss(run, stage, student, run_student, teachers.path(number), streams, inputs, chosen)
+        with codes_kept(student, stage, higher, run.teacher_blocks[number]):
             result = fit(student.eval(), stage, run.recipe, len(chosen), loss_of, seed + number, name, on_step, load)
         fits.append(result)
         if number + 1 < len(run.names):
             for width in streams:
                 set_training_bits(student, *width)
-                streams[width] = advance(
-                    streams[width], partial(run.run, call, student), run.device, run.micro_batch, name
-                )
+                streams[width] = advance(streams[width], run_student, run.device, run.micro_batch, name)
         set_training_bits(student, stage.widths[-1], stage.act_bits)
         student.requires_grad_(False).to("cpu")
-        teacher_stream = following
         if on_block is not None:
             on_block(number, name, fits[-1])
     return fits
 
 
+@dataclass
+class Target:
+    """A full-precision block, and what the loss compares its output with.
+
+    Attributes:
+        block: [batch, tokens, hidden] -> the same shape.
+        entering, leaving: the full-precision streams before and behind it.
+    """
+
+    block: Callable[[Tensor], Tensor]
+    entering: Stream
+    leaving: Stream
+
+
+class Teachers:
+    """Full-precision blocks on the device and the streams behind them, as many as the loss of one block needs."""
+
+    def __init__(self, run: BlockRun) -> None:
+        self.run = run
+        self.targets: dict[int, Target] = {}
+        self.stream = run.entry
+
+    def path(self, number: int) -> list[Target]:
+        """Block `number` and, of those behind it, `lookahead`; numbers have to rise from call to call."""
+        run = self.run
+        self.targets.pop(number - 1, None)
+        last = min(number + run.recipe.lookahead, len(run.names) - 1)
+        for ahead in range(number, last + 1):
+            if ahead not in self.targets:
+                block = working_copy(run.teacher_blocks[ahead], run.device)
+                leaving = run.behind(ahead, self.stream, block)
+                self.targets[ahead] = Target(partial(run.run, run.calls[ahead], block), self.stream, leaving)
+                self.stream = leaving
+        return [self.targets[ahead] for ahead in range(number, last + 1)]
+
+
 def _block_loss(
     run: BlockRun,
-    call: BlockCall,
     stage: Stage,
     student: nn.Module,
-    teacher: Callable[[Tensor], Tensor],
-    entering: Stream,
-    leaving: Stream,
+    run_student: Callable[[Tensor], Tensor],
+    path: list[Target],
     streams: dict[tuple[int | None, int | None], Stream],
     inputs: list[tuple[int | None, int | None]],
     chosen: Tensor,
 ) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Callable[..., Tensor]]:
     """What a batch of positions in `chosen` reads, and the loss of it, summed over the stage's widths with weights."""
     own_inputs = run.recipe.target_stream == "student"
-    change = _mean_change(entering, leaving, run.micro_batch)
+    changes = [_mean_change(target.entering, target.leaving, run.micro_batch) for target in path]
     factors = stage.loss_weights or (1.0,) * len(stage.widths)
     active = [each for each in zip(stage.widths, inputs, factors, strict=True) if each[2] != 0]
     sources = list(dict.fromkeys(source for _, source, _ in active))
-    read = [streams[source] for source in sources] + ([] if own_inputs else [leaving])
+    read = [streams[source] for source in sources] + ([] if own_inputs else [target.leaving for target in path])
 
     def load(positions: Tensor) -> tuple[Tensor, ...]:
         rows = chosen[positions]
@@ -163,10 +193,17 @@ def _block_loss(
         total = torch.zeros((), device=run.device)
         for width, source, factor in active:
             hidden = states[sources.index(source)]
-            with torch.no_grad():
-                target = teacher(hidden) if own_inputs else states[-1]
             set_training_bits(student, width, stage.act_bits)
-            total = total + factor * (run.run(call, student, hidden) - target).square().mean() / change
+            output, wanted = run_student(hidden), hidden
+            for step, (target, change) in enumerate(zip(path, changes, strict=True)):
+                if step > 0:
+                    output = target.block(output)
+                if own_inputs:
+                    with torch.no_grad():
+                        wanted = target.block(wanted)
+                else:
+                    wanted = states[len(sources) + step]
+                total = total + factor / len(path) * (output - wanted).square().mean() / change
         return total
 
     return load, loss_of

@@ -138,7 +138,7 @@ def _train(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.de
             result.fits.append(train_block_stage(run, student, stage, higher, seed, report.block, report.step))
         else:
             report.stage(number, stage.name, 1)
-            fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step)
+            fit = train_model_stage(model, student, sequences, stage, recipe, device, seed, report.step, higher)
             report.block(0, stage.name, fit)
             result.fits.append([fit])
         higher = stage

@@ -101,6 +101,7 @@ def train_model_stage(
     device: torch.device,
     seed: int,
     on_step: Callable[[int, int, Callable[[], float]], None] | None = None,
+    higher: Stage | None = None,
 ) -> Fit:
     """Train the student's blocks end to end for one stage; embeddings, head and final norm stay as they are.
 
@@ -108,10 +109,12 @@ def train_model_stage(
         sequences: [sequences, tokens], int64; the last `recipe.generated` of them are generated.
         teacher: in evaluation mode.
         seed, on_step: as in `fit`.
+        higher: the stage before this one in the schedule, or None.
     """
     student.requires_grad_(False)
     home = next(teacher.parameters()).device
     blocks = nn.ModuleList([student.get_submodule(name) for name, _ in find_blocks(student)])
+    twins = nn.ModuleList([block for _, block in find_blocks(teacher)])
     sequences = sequences[stage_rows(stage, recipe.generated, len(sequences))]
     teacher.to(device)
     # eval: attention dropout would only blur the target.
@@ -122,7 +125,7 @@ def train_model_stage(
 
     try:
         loss_of = _model_loss(teacher, student, sequences, stage, recipe, device)
-        with codes_kept(blocks, stage), usual_masks(teacher, student, sequences[:1]):
+        with codes_kept(blocks, stage, higher, twins), usual_masks(teacher, student, sequences[:1]):
             return fit(blocks, stage, recipe, len(sequences), loss_of, seed, stage.name, on_step, load)
     finally:
         set_training_bits(student, stage.widths[-1], stage.act_bits)

@@ -19,10 +19,11 @@ def generate_sequences(
     device: torch.device,
     batch_size: int = 64,
     temperature: float = 1.0,
+    prompt: int = PROMPT,
 ) -> Tensor:
     """Sample sequences from a model, each token from its whole distribution softmax(z / temperature).
 
-    Sequence i starts with the first PROMPT tokens of calibration sequence i modulo their number. An end-of-sequence
+    Sequence i starts with the first `prompt` tokens of calibration sequence i modulo their number. An end-of-sequence
     token does not end a sequence: what follows it is the next document, as in packed calibration text.
 
     Args:
@@ -37,7 +38,7 @@ def generate_sequences(
     """
     generator = torch.Generator(device).manual_seed(seed)
     home = next(model.parameters()).device
-    prompts = sequences[torch.arange(count) % len(sequences), :PROMPT]
+    prompts = sequences[torch.arange(count) % len(sequences), :prompt]
     model.to(device)
     try:
         written = [

@@ -67,8 +67,14 @@ def trainable_groups(module: nn.Module, stage: Stage, train_norms: bool) -> list
     """Parameter groups for AdamW, `requires_grad` set accordingly: QATLinears, their scales, and norms.
 
     Norms are the one-dimensional parameters outside Linears. A stage with `train: scales` takes the scales alone,
-    without zero points. Everything else is frozen.
+    without zero points; one with `keep_bits` the weights alone, as norms, biases and scales serve the kept width too.
+    Everything else is frozen.
     """
+    if stage.keep_bits is not None:
+        module.requires_grad_(False)
+        return [
+            {"params": [linear.weight.requires_grad_() for linear in qat_linears(module).values()], "peak": stage.lr}
+        ]
     if stage.train == "scales":
         module.requires_grad_(False)
         only = [linear.scale.requires_grad_() for linear in qat_linears(module).values() if linear.scale is not None]
@@ -137,16 +143,40 @@ class TailAverage:
 
 
 @contextmanager
-def codes_kept(module: nn.Module, stage: Stage) -> Iterator[None]:
-    """In a stage with `train: scales`, keep every code below `module` as it is; see `QATLinear.freeze_codes`."""
-    linears = qat_linears(module).values() if stage.train == "scales" else ()
-    for linear in linears:
-        linear.freeze_codes()
+def codes_kept(module: nn.Module, stage: Stage, higher: Stage | None, teacher: nn.Module) -> Iterator[None]:
+    """Keep what a stage must keep of every code below `module`.
+
+    All of them with `train: scales` (see `QATLinear.freeze_codes`), their top bits with `keep_bits` (see
+    `QATLinear.keep_top_bits`).
+
+    Args:
+        higher: the stage before this one; where it kept bits too, the weights go on from where it left them.
+        teacher: the full-precision twin of `module`.
+    """
+    linears = qat_linears(module)
+    for name, linear in linears.items():
+        if stage.train == "scales":
+            linear.freeze_codes()
+        elif stage.keep_bits is not None:
+            goes_on = higher is not None and higher.keep_bits is not None
+            twin = None if goes_on else teacher.get_submodule(name).get_parameter("weight").detach()
+            linear.keep_top_bits(stage.keep_bits, twin)
     try:
         yield
     finally:
-        for linear in linears:
+        for linear in linears.values():
             linear.thaw_codes()
+            linear.bounds = None
+
+
+def clamp_to_bounds(module: nn.Module) -> None:
+    """Move the weights of QATLinears that have bounds to the nearest ones within them."""
+    bounded = [linear for linear in qat_linears(module).values() if linear.bounds is not None]
+    if bounded:
+        weights = [linear.weight.detach() for linear in bounded]
+        lowest, highest = zip(*(linear.bounds for linear in bounded if linear.bounds is not None), strict=True)
+        torch._foreach_clamp_min_(weights, list(lowest))
+        torch._foreach_clamp_max_(weights, list(highest))
 
 
 @dataclass(frozen=True)
@@ -187,9 +217,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def update(
-    optimizer: torch.optim.Optimizer, copies: CopiesRate, recipe: Recipe, loss_of: Callable[..., Tensor], *batch: Tensor
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    copies: CopiesRate,
+    recipe: Recipe,
+    loss_of: Callable[..., Tensor],
+    *batch: Tensor,
 ) -> Tensor:
-    """One optimizer step on a batch, in micro-batches; the mean loss before it, a scalar on the device."""
+    """One optimizer step of `module` on a batch, in micro-batches; the mean loss before it, a scalar on the device."""
     optimizer.zero_grad(set_to_none=True)
     size = len(batch[0])
     losses = []
@@ -203,6 +238,7 @@ def update(
     before = copies.before()
     optimizer.step()
     copies.after(before)
+    clamp_to_bounds(module)
     return torch.stack(losses).sum()
 
 
@@ -242,7 +278,7 @@ def fit(
     optimizer = make_optimizer(groups)
     steps = stage_steps(stage, count)
     copies = CopiesRate(module, recipe.copies_lr_factor)
-    recorded = Recorded(partial(update, optimizer, copies, recipe, loss_of), steps)
+    recorded = Recorded(partial(update, module, optimizer, copies, recipe, loss_of), steps)
     average = TailAverage(parameters, recipe.average, steps)
     history: list[Tensor] = []
     for step, rows in enumerate(batches(count, stage.batch_size, steps, seed)):

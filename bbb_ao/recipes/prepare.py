@@ -107,7 +107,7 @@ def _build(
     return QATLinear.from_linear(
         linear,
         # The offset of the copies on the integer grid is a quarter of the last stage's step.
-        recipe.stages[-1].widths[-1],
+        recipe.stages[-1].narrowest,
         None,
         grid,
         # A copy: safetensors refuses tensors that several layers share.
@@ -134,7 +134,7 @@ def _initialize(host: nn.Module, recipe: Recipe, norm: Tensor | None, run: Block
         clipped = clip_ranges(
             weight if run is None else weight.to(run.device),
             host.grid,
-            recipe.stages[-1].widths[-1],
+            recipe.stages[-1].narrowest,
             importance,
             asymmetric=clip.asymmetric,
             lowest=clip.lowest,

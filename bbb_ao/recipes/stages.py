@@ -142,6 +142,8 @@ class Stage:
             "mixed_kl", their mean, the reverse one weighted by the model's mean probability of the text's tokens
             (BitDistiller); or "next_token", the cross-entropy of the text.
         train: "all", or "scales" alone, with every code as it is (EfficientQAT); scales are learned from then on.
+        keep_bits: top bits of every code, fewer than the `weight_bits`, that stay as an earlier stage trained them at
+            that width, with scales, norms and biases; the bits below start anew from the full-precision weights.
         text: sequences to train on: the "calibration" text, the "generated" ones, or "both".
     """
 
@@ -157,6 +159,7 @@ class Stage:
     kl_temperature: float = 1.0
     objective: Literal["forward_kl", "reverse_kl", "mixed_kl", "next_token"] = "forward_kl"
     train: Literal["all", "scales"] = "all"
+    keep_bits: int | None = None
     text: Literal["calibration", "generated", "both"] = "calibration"
 
     def __post_init__(self) -> None:
@@ -179,11 +182,21 @@ class Stage:
             valid = len(weights) == len(widths) and all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)
             expected = f"{len(widths)} finite numbers >= 0, not all 0"
             _expect(valid, "loss_weights", expected, weights, "give one for each width of weight_bits")
+        if self.keep_bits is not None:
+            kept, lowest = self.keep_bits, widths[-1]
+            expected = f"a whole number from 2 to {lowest - 1}, below weight_bits, or null"
+            _expect(_is_bits(kept) and kept < lowest, "keep_bits", expected, kept, "keep the width trained before")
+            _expect(self.train == "all", "train", "all, with keep_bits", self.train, "leave it out")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """All weight widths trained in this stage, widest first."""
         return self.weight_bits if isinstance(self.weight_bits, tuple) else (self.weight_bits,)
+
+    @property
+    def narrowest(self) -> int:
+        """The narrowest width that the codes are for once the stage is done."""
+        return self.keep_bits or self.widths[-1]
 
     @property
     def name(self) -> str:
@@ -218,6 +231,8 @@ class Recipe:
             at the "next_higher" width of the schedule.
         target_stream: what the full-precision block of the loss is fed with: the "full_precision" prefix's output, or
             the "student"'s inputs.
+        lookahead: full-precision blocks behind the one in training that its output runs through; what leaves each of
+            them counts in the loss as well.
         gradient_clip: largest L2 norm of a step's gradient; None does not clip.
         warmup: share of a stage's steps with a linearly rising learning rate, 0 to 1; cosine decay follows.
         micro_batch: sequences in one forward pass (gradients are accumulated up to batch_size); None takes batch_size.
@@ -247,6 +262,7 @@ class Recipe:
     head_bits: int | None = None
     input_stream: Literal["quantized", "next_higher"] = "quantized"
     target_stream: Literal["full_precision", "student"] = "full_precision"
+    lookahead: int = 0
     gradient_clip: float | None = 1.0
     warmup: float = 0.05
     micro_batch: int | None = None
@@ -267,6 +283,7 @@ class Recipe:
         _expect_number(self, "copies_lr_factor", 0, 10, above=True)
         _expect_number(self, "average", 0, 1)
         _expect_count(self, "generated", 0)
+        _expect_count(self, "lookahead", 0)
         for position, stage in enumerate(self.stages):
             valid = stage.text == "calibration" or self.generated > 0
             fix = "set generated to a number of sequences"
@@ -277,10 +294,10 @@ class Recipe:
                 check_pattern(pattern, f"{name}.{position}")
         _check_schedule(self.stages)
         widths = self.stages[-1].widths
-        valid = type(self.default_bits) is int and widths[-1] <= self.default_bits <= widths[0]
-        expected = f"{widths[0]}" if len(widths) == 1 else f"a width from {widths[-1]} to {widths[0]}"
-        _expect(valid, "default_bits", f"{expected}, as the last stage trains", self.default_bits, f"use {widths[-1]}")
-
+        low, high = self.stages[-1].narrowest, widths[0]
+        valid = type(self.default_bits) is int and low <= self.default_bits <= high
+        expected = f"{high}" if low == high else f"a width from {low} to {high}"
+        _expect(valid, "default_bits", f"{expected}, as the last stage trains", self.default_bits, f"use {low}")
         valid = self.head_bits is None or _is_bits(self.head_bits)
         _expect(valid, "head_bits", "a whole number from 2 to 8, or null", self.head_bits, "use null, 8 or 4")
 
@@ -312,10 +329,15 @@ class Recipe:
 
 def _check_schedule(stages: tuple[Stage, ...]) -> None:
     """Refuse a width that rises from one stage to the next, and a block stage after a model stage."""
+    kept, fix = stages[0].keep_bits, "train that width in a stage before it"
+    _expect(kept is None, "stages.0.keep_bits", "null, as nothing was trained before", kept, fix)
     for position, (stage, following) in enumerate(pairwise(stages), start=1):
         here = f"stages.{position}"
         # The narrowest width may stay and the joint set may grow ({8}, {8, 4}, {8, 4, 2}), so only the lowest counts.
-        lowest, after = stage.widths[-1], following.widths[-1]
+        lowest, after = stage.narrowest, following.narrowest
+        if following.keep_bits is not None:
+            expected = f"{lowest}, the last stage's narrowest width"
+            _expect(after == lowest, f"{here}.keep_bits", expected, following.keep_bits, f"keep {lowest}")
         fix = "order the stages from wide to narrow"
         _expect(
             after <= lowest, f"{here}.weight_bits", f"at most {lowest}, the last stage's", following.weight_bits, fix

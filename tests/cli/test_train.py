@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from bbb_ao.recipes.loader import load_recipe
 
 SMALL = ("--set", "sequences=4", "sequence_length=32", "micro_batch=2", "stages.*.epochs=1", "split.ratio_max=0.9")
+SMALL += ("generated=2",)
 
 
 @pytest.fixture(scope="module")

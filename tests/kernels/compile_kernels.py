@@ -47,9 +47,24 @@ def matmul(dtype: str, bits: int) -> str:
     words = f"tensordesc<i16[64, 16],{gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)!r}>"
     signature = {"x_desc": f"tensordesc<{dtype}[64, 64],{x_layout!r}>", "bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
     signature |= dict.fromkeys(("high_desc", "mid_desc", "low_desc"), words)
-    signature |= {"scale_ptr": "*u8", "zero_ptr": "*u8", "exponent_ptr": "*i32"}
-    signature |= dict.fromkeys(("M", "N", "NB", "SPLITS"), "i32")
-    constants = {**CODES, "R": bits, "MASK": 2**bits - 1, "BM": 64, "STAGES": 3, "SPLIT": False, "REGISTERS": 104}
+    signature |= {
+        "scale_ptr": "*u8",
+        "zero_ptr": "*u8",
+        "exponent_ptr": "*i32",
+        "parts_ptr": "*fp32",
+        "count_ptr": "*i32",
+    }
+    signature |= dict.fromkeys(("M", "N", "NB", "SHARE"), "i32")
+    constants = {
+        **CODES,
+        "R": bits,
+        "MASK": 2**bits - 1,
+        "BM": 64,
+        "STAGES": 3,
+        "STEP": 2,
+        "SPLIT": True,
+        "REGISTERS": 104,
+    }
     return ptx(matmul_kernel, signature, constants, 4)
 
 

@@ -60,6 +60,8 @@ def test_quantized_activations_multiply_as_integers(ptx: dict[str, str]) -> None
 def test_the_hopper_kernel_multiplies_with_wgmma_and_copies_ahead(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
         if name.startswith("matmul"):
-            # Eight products of 16 columns a block, for each of two groups of warps.
-            assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n64k16", text)) == 16, name
+            # Eight products of 16 columns a block, two blocks at a time, for each of two groups of warps.
+            assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n64k16", text)) == 32, name
             assert "cp.async.bulk.tensor.2d" in text, name
+            # The last of a tile's programs sees what the others wrote.
+            assert len(re.findall(r"atom\.global\.gpu\.acq_rel\.add\.u32", text)) == 2, name

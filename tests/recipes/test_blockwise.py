@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache, partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -253,3 +254,32 @@ def test_a_bfloat16_model_is_trained_with_float32_masters(make_model, make_recip
     assert all(fit.last_loss < fit.first_loss for fit in fits)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_lookahead_runs_the_output_through_the_blocks_behind(prepared, run, monkeypatch):
+    """The loss of each block is the mean of its own and that of as many full-precision blocks as there are."""
+    teacher = run("llama", lookahead=5)
+    losses = {}
+
+    def remember(module, stage, recipe, count, loss_of, seed, where, on_step=None, load=None):
+        losses[where] = float(loss_of(*load(torch.arange(4))).detach())
+        return optimization.Fit(0.0, 0.0, 0, "")
+
+    monkeypatch.setattr(blockwise, "fit", remember)
+    student = prepared("llama")
+    train_block_stage(teacher, student, stage(), None, 0)
+    set_training_bits(student, 2)
+    first, second = (student.get_submodule(name) for name in teacher.names)
+    behind, last = teacher.teacher_blocks
+    entry = teacher.entry.states[:4]
+    targets = [entry, out := teacher.run(teacher.calls[0], behind, entry), teacher.run(teacher.calls[1], last, out)]
+    whole = [teacher.entry.states]
+    for call, block in zip(teacher.calls, (behind, last), strict=True):
+        whole.append(teacher.run(call, block, whole[-1]))
+    changes = [(b - a).square().mean() for a, b in pairwise(whole)]
+    hidden = teacher.run(teacher.calls[0], first, entry)
+    errors = [(hidden - targets[1]).square().mean() / changes[0]]
+    errors.append((teacher.run(teacher.calls[1], last, hidden) - targets[2]).square().mean() / changes[1])
+    expected = [sum(errors) / 2]
+    expected.append((teacher.run(teacher.calls[1], second, hidden) - targets[2]).square().mean() / changes[1])
+    assert list(losses.values()) == pytest.approx([float(value.detach()) for value in expected], rel=1e-4)

@@ -12,6 +12,7 @@ import bbb_ao.huggingface  # noqa: F401  registers the quantizer
 from bbb_ao.checkpoint import describe, export_dense
 from bbb_ao.errors import DataError, ModelError, NumericsError, RecipeError
 from bbb_ao.packed_linear import PackedLinear, packed_linears, set_bits
+from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes import compress as engine
 from bbb_ao.recipes.compress import Silent, compress, train
 from bbb_ao.recipes.evaluate import perplexity
@@ -350,3 +351,33 @@ def test_a_pattern_that_matches_nothing_is_refused(make_model, make_recipe, ids,
     with pytest.raises(RecipeError, match=r"^targets\.0: expected a pattern that matches one of 14 layers"):
         compress(make_model("llama"), make_recipe(targets=("lm_head",)), ids, tmp_path / "out", device=CPU)
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(("kind", "zero_point_bits"), [("half_step", 4), ("integer", 2)])
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_bits_below_the_kept_ones_are_trained_and_those_are_not(
+    kind, zero_point_bits, scope, make_model, make_recipe, ids
+):
+    teacher = make_model("llama")
+    grid = GridSettings(kind=kind, zero_point_bits=zero_point_bits)
+    first = Stage(weight_bits=2, epochs=4, lr=2e-3)
+    below = Stage(scope=scope, weight_bits=(8, 4), keep_bits=2, epochs=8, lr=3e-5)
+    narrow = train(teacher, ids, make_recipe(stages=(first,), grid=grid), CPU).model
+    start, result = (
+        train(teacher, ids, make_recipe(stages=(first, *later), grid=grid, default_bits=4), CPU)
+        for later in ((replace(below, epochs=0.01, lr=1e-9),), (below, replace(below, epochs=1)))
+    )
+    trained = qat_linears(result.model)
+    for name, linear in qat_linears(narrow).items():
+        assert torch.equal(trained[name].merged_weight(2), linear.merged_weight(2)), name
+    with torch.no_grad():
+        target = teacher(ids).logits
+        errors = {}
+        for label, model in (("start", start.model), ("trained", result.model)):
+            for bits in (2, 4, 8):
+                set_training_bits(model, bits)
+                errors[label, bits] = float((model(ids).logits - target).square().mean())
+    assert errors["trained", 2] == errors["start", 2]
+    assert errors["trained", 8] < errors["trained", 4] < errors["trained", 2]
+    assert errors["trained", 8] < errors["start", 8]
+    assert errors["trained", 4] < errors["start", 4]

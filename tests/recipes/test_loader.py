@@ -26,9 +26,11 @@ def test_shipped_schedules_are_the_methods() -> None:
     }
     assert schedules["w2a16"][-1] == schedules["smoke"][-1] == "w2a16"
     assert schedules["w2a2"][-4:] == ["w2a16", "w2a8", "w2a4", "w2a2"]
-    assert schedules["any_precision"] == ["w8a16", "w8+4a16", "w8+4+2a16"]
+    assert schedules["any_precision"] == ["w2a16", "w8+4a16"]
+    assert schedules["bitbybit"] == ["w8a16", "w4a16", "w2a16"]
     for budget in ("light", "best"):
-        for name in ("w2a16", "w2a2", "any_precision"):
+        assert load_recipe(f"any_precision_{budget}").stages[-1].keep_bits == 2
+        for name in ("w2a16", "w2a2"):
             assert schedules[f"{name}_{budget}"][-1] == schedules[name][-1]
             assert load_recipe(f"{name}_{budget}").grid == load_recipe(name).grid
 

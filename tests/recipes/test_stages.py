@@ -1,5 +1,6 @@
 """Recipes made in Python obey the same rules as those from YAML."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,3 +142,19 @@ def test_names_of_stages_are_short() -> None:
         "w8+4a8",
         "w2a16 model",
     ]
+
+
+@pytest.mark.parametrize("bits", [0, 1, 4, 8, True, 2.0])
+def test_kept_bits_must_be_below_the_widths(bits) -> None:
+    with pytest.raises(RecipeError, match="keep_bits"):
+        Stage(weight_bits=(8, 4), keep_bits=bits)
+
+
+def test_kept_bits_are_those_that_the_stage_before_trained() -> None:
+    below = Stage(weight_bits=(8, 4), keep_bits=2)
+    assert recipe(stages=(Stage(weight_bits=2), below, below), default_bits=3).default_bits == 3
+    for stages in ((below,), (Stage(weight_bits=4), below), (Stage(weight_bits=2), replace(below, keep_bits=3))):
+        with pytest.raises(RecipeError, match="keep_bits"):
+            recipe(stages=stages)
+    with pytest.raises(RecipeError, match="train"):
+        replace(below, train="scales")

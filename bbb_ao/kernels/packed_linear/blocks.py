@@ -78,12 +78,67 @@ def load_scales(scale_ptr, zero_ptr, row, block, last, NB, ZB: gl.constexpr):
 
 
 @gluon.jit
+def tile_places(RUN: gl.constexpr, WARPS: gl.constexpr, a_layout: gl.constexpr):
+    """Places in a tile: (row, first block of the warp, block, word) in its planes, (row, first, block) in its scales.
+
+    Lane q of a quad has two runs of RUN words, 64 bytes apart, so that a quad reads whole sectors.
+    """
+    q_layout: gl.constexpr = quad_layout(WARPS)
+    aw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None]
+    an = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))[None, :, None]
+    ak = gl.arange(0, 8 * RUN, layout=gl.SliceLayout(0, gl.SliceLayout(1, a_layout)))[None, None, :]
+    block, word = quad_places(ak, RUN)
+    qw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, q_layout)))[:, None, None]
+    qn = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, q_layout)))[None, :, None]
+    qc = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, q_layout)))[None, None, :]
+    return (an, aw * 4, block, word), (qn, qw * 4, qc)
+
+
+@gluon.jit
+def quad_places(k, RUN: gl.constexpr):
+    """(block of the quad's four, word of it) of an operand's element k."""
+    run = k // RUN
+    return run % 2 * 2 + run // 4, run // 2 % 2 * RUN + k % RUN
+
+
+@gluon.jit
+def load_tile(weight, places, first, base, N, NB: gl.constexpr, R: gl.constexpr, ZB: gl.constexpr, word: gl.constexpr):
+    """Planes and packed scales of the 16 rows from `first` on, in the blocks from `base` on.
+
+    Args:
+        weight: pointers to its planes, scales and zero offsets.
+        places: as from `tile_places`.
+    """
+    high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr = weight
+    an, a_first, a_block, a_word = places[0]
+    qn, q_first, q_block = places[1]
+    row = gl.minimum(first + an, N - 1)
+    planes = load_planes(high_ptr, mid_ptr, low_ptr, row, base + a_first + a_block, a_word, NB, R, word)
+    packed = load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), base + q_first + q_block, NB, NB, ZB)
+    return planes, packed
+
+
+@gluon.jit
 def gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.constexpr):
     """x[row, index[column]], 0 where masked or padding."""
     if INDEXED:
         column = gl.load(index_ptr + column, mask=mask, other=in_features)
         mask = column < in_features
     return gl.load(x_ptr + row * in_features + column, mask=mask, other=0.0)
+
+
+@gluon.jit
+def finished(y, exponent_ptr, bias_ptr, rows, N, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
+    """y * 2**(exponent + 2 - R) + bias in float32, for sums y of these rows of the weight."""
+    if EXPONENTS:
+        exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
+    else:
+        exponent = gl.load(exponent_ptr)
+    # 2**n as the bits of a float32.
+    y *= ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
+    if BIASED:
+        y += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+    return y
 
 
 @gluon.jit
@@ -108,12 +163,5 @@ def store_tile(
         y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
     for m in gl.static_range(M):
         rows = first + gl.arange(0, 16, layout=y[m].type.layout)
-        if EXPONENTS:
-            exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
-        else:
-            exponent = gl.load(exponent_ptr) + rows * 0
-        # 2**n as the bits of a float32.
-        value = y[m] * ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
-        if BIASED:
-            value += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+        value = finished(y[m], exponent_ptr, bias_ptr, rows, N, R, EXPONENTS, BIASED)
         gl.store(y_ptr + m * N + rows, value.to(y_ptr.dtype.element_ty), mask=rows < N)

@@ -23,11 +23,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bbb_ao.kernels.packed_linear.counts import zeroed_counts
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, dequantize_packed
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
-from bbb_ao.kernels.packed_linear.warpgroup import add_splits_kernel, matmul_kernel
+from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packed_row import expand_input
 from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
 
@@ -43,7 +44,7 @@ ROW_TILES = (16, 32, 64, 128, 256)
 PROGRAMS = {16: (3, 56, 72), 32: (2, 80, 104), 64: (2, 80, 104), 128: (1, 168, 240), 256: (1, 168, 240)}
 SHARED_BYTES = 227 * 1024
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
-DECODE_SETTINGS: list[Settings] = [(1, 4, 0), (1, 4, 128), (1, 8, 128), (1, 8, 0), (1, 2, 0), (2, 8, 0)]
+DECODE_SETTINGS: list[Settings] = [(1, 4, 0), (1, 4, 128), (1, 8, 128), (1, 8, 0), (1, 2, 0), (1, 2, 128), (2, 8, 0)]
 
 
 def packed_linear_cuda(
@@ -64,10 +65,22 @@ def packed_linear_cuda(
     """See `packed_linear`."""
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, scale.shape[-1] * group_size)
+    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
+    return multiply(x, planes, scales, index, bias, (bits, zero_point_bits, half_step, group_size))
+
+
+def multiply(
+    x: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    index: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+) -> Tensor:
+    """`packed_linear_cuda` on operands that were checked."""
+    high = planes[0]
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
-    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
-    settings = (bits, zero_point_bits, half_step, group_size)
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
     fits = fits_kernels(x.dtype, planes, scales, settings, capability)
@@ -206,16 +219,17 @@ def decode_linear(
 
 
 def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
-    """Candidates (rows of x for each program, splits of the columns), the likeliest first."""
+    """Candidates (rows of x in a tile, programs or 0 for one of each tile, blocks at a time), the likeliest first."""
     fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
     choices = []
-    for size in sorted(fitting, reverse=True)[:2] if rows > 64 else fitting[-1:]:
-        programs = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size)
-        # A program or two for each multiprocessor, and two blocks for each program at least.
-        wanted = min(PROGRAMS[size][0] * multiprocessors / programs, features // BLOCK / 2)
-        splits = [n for n in (1, 2, 3, 4, 6, 8) if wanted / 3 < n < 3 * wanted] or [1]
-        choices += [(size, n) for n in sorted(splits, key=lambda n: abs(n - wanted))]
-    return choices
+    for size in sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]:
+        blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size) * (features // BLOCK)
+        shared = [n * multiprocessors for n in range(PROGRAMS[size][0], 0, -1)]
+        # Two blocks for each program at least.
+        programs = [min(n, max(1, blocks // 2)) for n in shared] + [0]
+        steps = (2, 1) if size >= 64 and features // BLOCK % 2 == 0 else (1,)
+        choices += [(size, n, step) for n in programs for step in steps]
+    return list(dict.fromkeys(choices))
 
 
 def pipeline_stages(size: int, container: int) -> int:
@@ -249,39 +263,41 @@ def warpgroup_linear(
     words = [TensorDescriptor.from_tensor(plane, [64, 16], word_layout) for plane in words]
 
     def run(choice: Settings) -> None:
-        size, splits = choice
+        size, programs, step = choice
         _, most, registers = PROGRAMS[size]
         layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
-        grid = (triton.cdiv(count, GROUP_ROWS), triton.cdiv(rows, size), splits)
-        parts = y if splits == 1 else columns.new_empty(splits, rows, count, dtype=torch.float32)
-        finish = {"R": codes["R"], "EXPONENTS": scales[1].dim() == 1, "BIASED": bias is not None}
-        matmul_kernel[grid](
+        tiles, blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size), features // BLOCK
+        share = triton.cdiv(tiles * blocks, (programs or tiles) * step) * step
+        programs = triton.cdiv(tiles * blocks, share)
+        split = share % blocks > 0
+        matmul_kernel[(programs,)](
             TensorDescriptor.from_tensor(columns, [size, BLOCK // 2], layout),
             *words,
             *pointers[3:],
             columns if bias is None else bias,
-            parts,
+            y,
+            columns.new_empty(programs * 2 * GROUP_ROWS * size, dtype=torch.float32) if split else y,
+            zeroed_counts(2 * tiles, device) if split else y,
             rows,
             count,
-            features // BLOCK,
-            splits,
-            **(codes | finish),
+            blocks,
+            share,
+            **codes,
+            EXPONENTS=scales[1].dim() == 1,
+            BIASED=bias is not None,
             BM=size,
             STAGES=pipeline_stages(size, int(codes["R"])),
-            SPLIT=splits > 1,
+            STEP=step,
+            SPLIT=split,
             REGISTERS=registers,
             num_warps=4,
             maxnreg=most,
         )
-        if splits > 1:
-            places = (triton.cdiv(count, 1024), rows)
-            operands = (parts, scales[1], columns if bias is None else bias, y, rows, count)
-            add_splits_kernel[places](*operands, **finish, SPLITS=splits, BLOCK=1024)
 
     device = columns.get_device()
     candidates = warpgroup_settings(rows, count, features, _multiprocessors(device))
     bucket = next(size for size in (16, 32, 64, 128, 256, 512, WARPGROUP_ROWS) if size >= rows)
-    key = f"warpgroup {count}x{features} {codes['R']} bits, {bucket} rows"
+    key = f"matmul {count}x{features} {codes['R']} bits, {bucket} rows"
     with torch.cuda.device(columns.device):
         run(settings_for(key, candidates, run, device))
     return y

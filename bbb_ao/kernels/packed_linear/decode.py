@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, gather, load_planes, load_scales, quad_layout, store_tile
+from bbb_ao.kernels.packed_linear.blocks import assemble, gather, load_tile, quad_places, store_tile, tile_places
 
 
 @gluon.constexpr_function
@@ -150,6 +150,39 @@ def _group_sums(
 
 
 @gluon.jit
+def _add_flush(
+    total,
+    words,
+    scale,
+    zero,
+    operands,
+    sums,
+    x_ptr,
+    FLUSH: gl.constexpr,
+    R: gl.constexpr,
+    MASK: gl.constexpr,
+    H: gl.constexpr,
+    ZB: gl.constexpr,
+    M: gl.constexpr,
+):
+    """total + scale * (sum of x * codes - offset * X) for the groups of a flush, in the accumulator's columns."""
+    layout: gl.constexpr = total.type.layout
+    FIRST: gl.constexpr = FLUSH * (3 - M)
+    SECOND: gl.constexpr = FIRST + 2 - M
+    ZMUL: gl.constexpr = 2.0 ** (R - ZB) if ZB > 0 else 2.0 ** (R - 2)
+    acc = gl.zeros(total.shape, gl.float32, layout=layout)
+    for hb in gl.static_range(2):
+        for par in gl.static_range(3 - M):
+            a = _codes(words[(FIRST + par) % (R // 2)], x_ptr, hb, ptx.place(FIRST + par, R), MASK)
+            acc = mma_v2(a, operands[(FLUSH * 2 + hb) * (3 - M) + par], acc)
+    if x_ptr.dtype.element_ty != gl.bfloat16:
+        column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+        acc *= gl.where(column % 2 == 0, 2.0 ** -ptx.place(FIRST, R), 2.0 ** -ptx.place(SECOND, R))
+    factor, offset = _group_factors(scale, zero, FIRST, SECOND, ZB, ZMUL, -H, layout)
+    return total + factor * (acc - offset * sums[FLUSH])
+
+
+@gluon.jit
 def decode_kernel(
     x_ptr,
     high_ptr,
@@ -179,41 +212,24 @@ def decode_kernel(
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 16)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 16)
-    q_layout: gl.constexpr = quad_layout(WARPS)
-    BF16: gl.constexpr = x_ptr.dtype.element_ty == gl.bfloat16
     # A subnormal bfloat16 counts 2**-133, a subnormal float16 2**-24.
-    UNITS: gl.constexpr = 2.0**-69 if BF16 else 2.0**-24
+    UNITS: gl.constexpr = 2.0**-69 if x_ptr.dtype.element_ty == gl.bfloat16 else 2.0**-24
     ITERATIONS: gl.constexpr = (NB + 4 * WARPS - 1) // (4 * WARPS)
-    ZMUL: gl.constexpr = 2.0 ** (R - ZB) if ZB > 0 else 2.0 ** (R - 2)
-    # Quad lane q, word e of its 16: two runs of 8 words, 64 bytes apart, so that a quad reads whole sectors.
-    aw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None]
-    an = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))[None, :, None]
-    ak = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(1, a_layout)))[None, None, :]
-    a_run = ak // 8
-    a_block = a_run % 2 * 2 + a_run // 4
-    a_word = a_run // 2 % 2 * 8 + ak % 8
+    places = tile_places(8, WARPS, a_layout)
     bw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))[:, None, None]
     bk = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
     bc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
-    b_run = bk // 8
-    b_block = b_run % 2 * 2 + b_run // 4
-    b_word = b_run // 2 % 2 * 8 + bk % 8
-    qw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, q_layout)))[:, None, None]
-    qn = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, q_layout)))[None, :, None]
-    qc = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, q_layout)))[None, None, :]
-    cc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, acc_layout)))[None, None, :]
+    b_block, b_word = quad_places(bk, 8)
     first = gl.program_id(0) * 16 * TILES
     zeros = gl.zeros([WARPS, 16, 8], gl.float32, layout=acc_layout)
     totals = ()
     for _ in gl.static_range(TILES):
         totals = totals + (zeros,)
-    planes = load_planes(
-        high_ptr, mid_ptr, low_ptr, gl.minimum(first + an, N - 1), aw * 4 + a_block, a_word, NB, R, gl.int16
-    )
-    packed = load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), qw * 4 + qc, NB, NB, ZB)
+    weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
+    planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int16)
     for it in gl.static_range(ITERATIONS):
         base = it * WARPS * 4
-        b = _block_diagonal(
+        operands = _block_diagonal(
             x_ptr,
             index_ptr,
             base + bw * 4 + b_block,
@@ -232,49 +248,14 @@ def decode_kernel(
             high, mid, even, odd = planes
             scale, zero = packed
             # The next tile's loads go out before this one's work.
-            if tile + 1 < TILES:
-                next_first = first + 16 * (tile + 1)
-                next_base = base
-            else:
-                next_first = first
-                next_base = base + 4 * WARPS
             if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
-                planes = load_planes(
-                    high_ptr,
-                    mid_ptr,
-                    low_ptr,
-                    gl.minimum(next_first + an, N - 1),
-                    next_base + aw * 4 + a_block,
-                    a_word,
-                    NB,
-                    R,
-                    gl.int16,
-                )
-                packed = load_scales(
-                    scale_ptr, zero_ptr, gl.minimum(next_first + qn, N - 1), next_base + qw * 4 + qc, NB, NB, ZB
-                )
+                next_first = first + (tile + 1) % TILES * 16
+                next_base = base + (tile + 1) // TILES * (4 * WARPS)
+                planes, packed = load_tile(weight, places, next_first, next_base, N, NB, R, ZB, gl.int16)
             words = assemble(high, mid, even, odd, R)
             total = totals[tile]
             for flush in gl.static_range(2 * M):
-                acc = zeros
-                for hb in gl.static_range(2):
-                    for par in gl.static_range(3 - M):
-                        a = _codes(
-                            words[(flush * (3 - M) + par) % (R // 2)],
-                            x_ptr,
-                            hb,
-                            ptx.place(flush * (3 - M) + par, R),
-                            MASK,
-                        )
-                        acc = mma_v2(a, b[(flush * 2 + hb) * (3 - M) + par], acc)
-                if not BF16:
-                    acc *= gl.where(
-                        cc % 2 == 0,
-                        2.0 ** -ptx.place(flush * (3 - M), R),
-                        2.0 ** -ptx.place(flush * (3 - M) + 2 - M, R),
-                    )
-                s, z = _group_factors(scale, zero, flush * (3 - M), flush * (3 - M) + 2 - M, ZB, ZMUL, -H, acc_layout)
-                total += s * (acc - z * sums[flush])
+                total = _add_flush(total, words, scale, zero, operands, sums, x_ptr, flush, R, MASK, H, ZB, M)
             added = added + (total,)
         totals = added
     for tile in gl.static_range(TILES):

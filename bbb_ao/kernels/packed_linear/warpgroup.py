@@ -8,11 +8,14 @@ multiply-add makes them c - zeta * 2**(R-2), which is exact, a second one
 
     w = e4m3 * (c - zeta * 2**(R-2)) + e4m3 * H,
 
-rounded once to the type of x: what `dequantize_packed` rounds to it. Where the columns are shared out over programs
-(SPLITS > 1), a second kernel adds the parts up in a fixed order, so results do not change from run to run.
+rounded once to the type of x: what `dequantize_packed` rounds to it.
+
+The blocks of all tiles of y stand in one row, tile after tile, and every program takes SHARE of them, so that all are
+busy to the end whatever the shape. Where the columns of a tile fall to several programs (SPLIT), each writes its part
+of the sum as float32 and counts up; who comes last adds the parts up in the order of the columns, so results do not
+change from run to run, and sets the count back to zero.
 """
 
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, load_scales
+from bbb_ao.kernels.packed_linear.blocks import assemble, finished, load_scales
 
 # Triton 3.9 renamed it.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -82,43 +85,33 @@ def _decode_half(
 
 
 @gluon.jit
-def _produce(
-    x_desc,
-    high_desc,
-    mid_desc,
-    low_desc,
-    xs,
-    ws,
-    ready,
-    free,
-    n0,
-    m0,
-    first,
-    last,
-    R: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
+def _produce(x_desc, planes, buffers, extent, R: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr):
     """One warp: copy block after block into stages that every group of warps has freed."""
+    high_desc, mid_desc, low_desc = planes
+    xs, ws, ready, free = buffers
+    start, end, NB, row_tiles = extent
     bytes: gl.constexpr = 2 * x_desc.block_type.nbytes + GROUPS * (R // 2) * high_desc.block_type.nbytes
-    for i in range(last - first):
-        stage = i % STAGES
-        block = first + i
+    for place in range(start, end):
+        block = place % NB
+        tile = place // NB
+        m = tile // row_tiles * x_desc.block_type.shape[0]
+        turn = place - start
+        stage = turn % STAGES
         barrier = ready.index(stage)
-        mbarrier.wait(free.index(stage), i // STAGES & 1 ^ 1)
+        mbarrier.wait(free.index(stage), turn // STAGES & 1 ^ 1)
         mbarrier.expect(barrier, bytes)
         for half in gl.static_range(2):
-            _copy(x_desc, [m0, block * 128 + 64 * half], barrier, xs.index(2 * stage + half))
+            _copy(x_desc, [m, block * 128 + 64 * half], barrier, xs.index(2 * stage + half))
         for group in gl.static_range(GROUPS):
-            n = n0 + 64 * group
-            place = (stage * GROUPS + group) * (R // 2)
-            _copy(high_desc, [n, block * 16], barrier, ws.index(place))
+            n = tile % row_tiles * 64 * GROUPS + 64 * group
+            slot = (stage * GROUPS + group) * (R // 2)
+            _copy(high_desc, [n, block * 16], barrier, ws.index(slot))
             if R > 2:
-                _copy(mid_desc, [n, block * 16], barrier, ws.index(place + 1))
+                _copy(mid_desc, [n, block * 16], barrier, ws.index(slot + 1))
             if R > 4:
                 for half in gl.static_range(2):
                     words = [n, block * 32 + 16 * half]
-                    _copy(low_desc, words, barrier, ws.index(place + 2 + half))
+                    _copy(low_desc, words, barrier, ws.index(slot + 2 + half))
 
 
 @gluon.jit
@@ -138,23 +131,9 @@ def _read_words(ws, place, R: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    x_desc,
-    scale_ptr,
-    exponent_ptr,
-    zero_ptr,
-    bias_ptr,
-    y_ptr,
-    xs,
-    ws,
-    ready,
-    free,
-    n0,
-    m0,
-    first,
-    last,
-    M,
-    N,
-    NB,
+    operands,
+    buffers,
+    extent,
     GROUP: gl.constexpr,
     R: gl.constexpr,
     MASK: gl.constexpr,
@@ -165,35 +144,57 @@ def _consume(
     BM: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
+    STEP: gl.constexpr,
     SPLIT: gl.constexpr,
 ):
     """Four warps: 64 rows of the weight, BM rows of x. Groups drift apart: one decodes while another multiplies."""
+    x_desc, scale_ptr, zero_ptr, result = operands
+    xs, ws, ready, free = buffers
+    start, end, NB, row_tiles = extent
+    N = result[5]
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    n0 += 64 * GROUP
-    row = gl.minimum(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout)), N - 1)[:, None]
-    scale, zero = load_scales(scale_ptr, zero_ptr, row, first, last, NB, ZB)
-    acc = gl.zeros([64, BM], gl.float32, layout=acc_layout)
-    for i in range(last - first):
-        stage = i % STAGES
-        mbarrier.wait(ready.index(stage), i // STAGES & 1)
-        planes = _read_words(ws, (stage * GROUPS + GROUP) * (R // 2), R, a_layout)
-        next_scale, next_zero = load_scales(scale_ptr, zero_ptr, row, first + i + 1, last, NB, ZB)
-        words = assemble(planes[0], planes[1], planes[2], planes[3], R)
-        # The second half is decoded while the first one is multiplied.
-        first_half = _decode_half(words, scale, zero, x_desc, 0, R, MASK, H, ZB, a_layout)
-        acc = warpgroup_mma(first_half, xs.index(2 * stage).permute((1, 0)), acc, is_async=True)
-        second_half = _decode_half(words, scale, zero, x_desc, 1, R, MASK, H, ZB, a_layout)
-        acc = warpgroup_mma(second_half, xs.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
-        acc, first_half, second_half = warpgroup_mma_wait(0, [acc, first_half, second_half])
-        mbarrier.arrive(free.index(stage), count=1)
-        scale = next_scale
-        zero = next_zero
     UNIT: gl.constexpr = 1.0 if x_desc.dtype == gl.bfloat16 else 16.0
-    _finish(acc * UNIT, exponent_ptr, bias_ptr, y_ptr, m0, n0, M, N, R, EXPONENTS, BIASED, BM, 64, 4, SPLIT)
+    for tile in range(start // NB, (end + NB - 1) // NB):
+        first = gl.maximum(start - tile * NB, 0)
+        last = gl.minimum(end - tile * NB, NB)
+        n0 = (tile % row_tiles * GROUPS + GROUP) * 64
+        row = gl.minimum(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout)), N - 1)[:, None]
+        scale, zero = load_scales(scale_ptr, zero_ptr, row, first, last, NB, ZB)
+        acc = gl.zeros([64, BM], gl.float32, layout=acc_layout)
+        for step in range((last - first) // STEP):
+            running = ()
+            for i in gl.static_range(STEP):
+                block = first + step * STEP + i
+                turn = tile * NB + block - start
+                stage = turn % STAGES
+                mbarrier.wait(ready.index(stage), turn // STAGES & 1)
+                planes = _read_words(ws, (stage * GROUPS + GROUP) * (R // 2), R, a_layout)
+                next_scale, next_zero = load_scales(scale_ptr, zero_ptr, row, block + 1, last, NB, ZB)
+                words = assemble(planes[0], planes[1], planes[2], planes[3], R)
+                # Each half is decoded while the one before it is multiplied.
+                first_half = _decode_half(words, scale, zero, x_desc, 0, R, MASK, H, ZB, a_layout)
+                acc = warpgroup_mma(first_half, xs.index(2 * stage).permute((1, 0)), acc, is_async=True)
+                if i > 0:
+                    acc, _, first_half = warpgroup_mma_wait(1, [acc, running[0], first_half])
+                    mbarrier.arrive(free.index((turn - 1) % STAGES), count=1)
+                second_half = _decode_half(words, scale, zero, x_desc, 1, R, MASK, H, ZB, a_layout)
+                acc = warpgroup_mma(second_half, xs.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
+                if i + 1 < STEP:
+                    acc, first_half, second_half = warpgroup_mma_wait(1, [acc, first_half, second_half])
+                running = (second_half,)
+                scale = next_scale
+                zero = next_zero
+            acc, first_half, second_half = warpgroup_mma_wait(0, [acc, first_half, second_half])
+            mbarrier.arrive(free.index(stage), count=1)
+        m0 = tile // row_tiles * BM
+        if SPLIT:
+            _share(acc * UNIT, result, tile, m0, n0, start, end, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
+        else:
+            _finish(acc * UNIT, result, m0, n0, R, EXPONENTS, BIASED, BM)
 
 
-@gluon.jit(do_not_specialize=["M", "NB", "SPLITS"])
+@gluon.jit(do_not_specialize=["M", "NB", "SHARE"])
 def matmul_kernel(
     x_desc,
     high_desc,
@@ -204,10 +205,12 @@ def matmul_kernel(
     zero_ptr,
     bias_ptr,
     y_ptr,
+    parts_ptr,
+    count_ptr,
     M,
     N,
     NB,
-    SPLITS,
+    SHARE,
     R: gl.constexpr,
     MASK: gl.constexpr,
     H: gl.constexpr,
@@ -216,15 +219,19 @@ def matmul_kernel(
     BIASED: gl.constexpr,
     BM: gl.constexpr,
     STAGES: gl.constexpr,
+    STEP: gl.constexpr,
     SPLIT: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    """y[m, n] for BM rows of x and 128 rows of the weight; x is [M, 128 * NB]."""
+    """y[m, n] from SHARE blocks of 128 columns of tiles of BM rows of x and 128 of the weight; x is [M, 128 * NB].
+
+    NB and SHARE are multiples of STEP, so many blocks follow each other with a product under way all the time.
+    `parts_ptr` is for two tiles of float32 sums of each program; `count_ptr` for two int32 zeros of each tile.
+    """
     GROUPS: gl.constexpr = 2
-    n0 = gl.program_id(0) * 64 * GROUPS
-    m0 = gl.program_id(1) * BM
-    first = gl.program_id(2) * NB // SPLITS
-    last = (gl.program_id(2) + 1) * NB // SPLITS
+    row_tiles = (N + 64 * GROUPS - 1) // (64 * GROUPS)
+    start = gl.program_id(0) * SHARE
+    end = gl.minimum(start + SHARE, (M + BM - 1) // BM * row_tiles * NB)
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, BM, 64], x_desc.layout)
     ws = gl.allocate_shared_memory(gl.int16, [STAGES * GROUPS * (R // 2), 64, 16], high_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -232,80 +239,22 @@ def matmul_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
-    zero: gl.constexpr = 0
-    one: gl.constexpr = 1
+    result = (y_ptr, exponent_ptr, bias_ptr, parts_ptr, M, N, count_ptr, SHARE)
+    operands = (x_desc, scale_ptr, zero_ptr, result)
+    buffers = (xs, ws, ready, free)
+    extent = (start, end, NB, row_tiles)
+    # Constants stand in each list: in a tuple that has a name they would become tensors.
     gl.warp_specialize(
         [
             (
                 _consume,
-                (
-                    x_desc,
-                    scale_ptr,
-                    exponent_ptr,
-                    zero_ptr,
-                    bias_ptr,
-                    y_ptr,
-                    xs,
-                    ws,
-                    ready,
-                    free,
-                    n0,
-                    m0,
-                    first,
-                    last,
-                    M,
-                    N,
-                    NB,
-                    zero,
-                    R,
-                    MASK,
-                    H,
-                    ZB,
-                    EXPONENTS,
-                    BIASED,
-                    BM,
-                    STAGES,
-                    GROUPS,
-                    SPLIT,
-                ),
+                (operands, buffers, extent, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT),
             ),
             (
                 _consume,
-                (
-                    x_desc,
-                    scale_ptr,
-                    exponent_ptr,
-                    zero_ptr,
-                    bias_ptr,
-                    y_ptr,
-                    xs,
-                    ws,
-                    ready,
-                    free,
-                    n0,
-                    m0,
-                    first,
-                    last,
-                    M,
-                    N,
-                    NB,
-                    one,
-                    R,
-                    MASK,
-                    H,
-                    ZB,
-                    EXPONENTS,
-                    BIASED,
-                    BM,
-                    STAGES,
-                    GROUPS,
-                    SPLIT,
-                ),
+                (operands, buffers, extent, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT),
             ),
-            (
-                _produce,
-                (x_desc, high_desc, mid_desc, low_desc, xs, ws, ready, free, n0, m0, first, last, R, STAGES, GROUPS),
-            ),
+            (_produce, (x_desc, (high_desc, mid_desc, low_desc), buffers, extent, R, STAGES, GROUPS)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -313,65 +262,60 @@ def matmul_kernel(
 
 
 @gluon.jit
-def _finish(
+def _finish(y, result, m0, n0, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr, BM: gl.constexpr):
+    """Scale sums [64, BM], add the bias and write y."""
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    y_ptr, exponent_ptr, bias_ptr, _, M, N, _, _ = result
+    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
+    m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, layout))[None, :]
+    y = finished(gl.convert_layout(y, layout), exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED)
+    gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
+
+
+@gluon.jit
+def _place(slot, GROUP: gl.constexpr, GROUPS: gl.constexpr, FIRST: gl.constexpr, BM: gl.constexpr, y):
+    """Where the columns from FIRST on, as many as y has, of a group's part lie in a slot: [BM, 64], in y's layout."""
+    n = gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout))[:, None]
+    m = gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))[None, :]
+    return (slot * GROUPS + GROUP).to(gl.int64) * (64 * BM) + (FIRST + m) * 64 + n
+
+
+@gluon.jit
+def _share(
     acc,
-    exponent_ptr,
-    bias_ptr,
-    y_ptr,
+    result,
+    tile,
     m0,
     n0,
-    M,
-    N,
+    start,
+    end,
+    NB,
+    GROUP: gl.constexpr,
     R: gl.constexpr,
     EXPONENTS: gl.constexpr,
     BIASED: gl.constexpr,
     BM: gl.constexpr,
-    BN: gl.constexpr,
-    WARPS: gl.constexpr,
-    SPLIT: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
-    """Scale, add the bias and write y; or, of a part of the columns, write the bare sums [SPLITS, M, N]."""
-    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
-    n = n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, layout))[:, None]
-    m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, layout))[None, :]
-    y = gl.convert_layout(acc, layout)
-    if not SPLIT:
-        if EXPONENTS:
-            exponent = gl.load(exponent_ptr + n, mask=n < N, other=0)
-        else:
-            exponent = gl.load(exponent_ptr)
-        y *= ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
-        if BIASED:
-            y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-    place = (gl.program_id(2) * M + m).to(gl.int64) * N + n
-    gl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
-
-
-@triton.jit
-def add_splits_kernel(
-    parts_ptr,
-    exponent_ptr,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    R: tl.constexpr,
-    EXPONENTS: tl.constexpr,
-    BIASED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """y from the bare sums of `matmul_kernel`, added up in their order; one row of y and BLOCK columns."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m = tl.program_id(1).to(tl.int64)
-    y = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        y += tl.load(parts_ptr + (split * M + m) * N + n, mask=n < N, other=0.0)
-    if EXPONENTS:
-        exponent = tl.load(exponent_ptr + n, mask=n < N, other=0)
+    """Finish a tile of which no other program has columns; else write this part, and finish if it is the last."""
+    _, _, _, parts_ptr, _, _, count_ptr, SHARE = result
+    first = tile * NB // SHARE
+    programs = (tile * NB + NB - 1) // SHARE - first + 1
+    if programs == 1:
+        _finish(acc, result, m0, n0, R, EXPONENTS, BIASED, BM)
     else:
-        exponent = tl.load(exponent_ptr)
-    y *= ((exponent + (127 + 2 - R)) << 23).to(tl.float32, bitcast=True)
-    if BIASED:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+        # A program has two slots: of the tile that it starts with, and of one that others go on with.
+        slot = 2 * gl.program_id(0) + (tile * NB > start).to(gl.int32)
+        gl.store(parts_ptr + _place(slot, GROUP, GROUPS, 0, BM, acc), acc)
+        tl.debug_barrier()
+        count = count_ptr + tile * GROUPS + GROUP
+        if gl.atomic_add(count, 1, sem="acq_rel") == programs - 1:
+            gl.store(count, 0)
+            PIECE: gl.constexpr = min(BM, 128)
+            layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+            for piece in gl.static_range(BM // PIECE):
+                y = gl.zeros([64, PIECE], gl.float32, layout=layout)
+                for program in range(first, first + programs):
+                    slot = 2 * program + (tile * NB > program * SHARE).to(gl.int32)
+                    y += gl.load(parts_ptr + _place(slot, GROUP, GROUPS, piece * PIECE, BM, y))
+                _finish(y, result, m0 + piece * PIECE, n0, R, EXPONENTS, BIASED, PIECE)

@@ -4,7 +4,7 @@ The rule, for activations of at most 32 bits:
 
 - with INTEGER_DECODE one row of a layer that fits the kernels of `packed_linear.cuda` takes `decode`, which quantizes
   it and multiplies integers;
-- else one kernel gathers the rows and fake-quantizes them, and `packed_linear_cuda` multiplies.
+- else one kernel gathers the rows and fake-quantizes them, and `packed_linear.cuda` multiplies.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -20,7 +20,7 @@ from bbb_ao.kernels.packed_linear.cuda import (
     fits_kernels,
     kernel_codes,
     kernel_pointers,
-    packed_linear_cuda,
+    multiply,
 )
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
@@ -65,22 +65,21 @@ def packed_linear_dynamic_cuda(
     """See `packed_linear_dynamic`."""
     check_weight(high, mid, low, scale, zero_point, bits, zero_point_bits, group_size)
     check_input(x, index, scale.shape[-1] * group_size)
-    weight = (high, mid, low, scale, scale_exponent, zero_point)
+    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
     settings = (bits, zero_point_bits, half_step, group_size)
     act_settings = (act_bits, act_half_step)
     if x.dtype == torch.float64:
-        return packed_linear_dynamic_reference(x, *weight, index, bias, *settings, *act_settings)
+        return packed_linear_dynamic_reference(x, *planes, *scales, index, bias, *settings, *act_settings)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
     shape = (*x.shape[:-1], high.shape[0])
-    planes, scales = (high, mid, low), (scale, scale_exponent, zero_point)
-    capability = torch.cuda.get_device_capability(x.device)
-    fits = fits_kernels(x.dtype, planes, scales, settings, capability)
-    if INTEGER_DECODE and fits and rows.shape[0] == 1 and high.shape[0]:
-        return dynamic_decode(rows, planes, scales, index, bias, settings, act_settings).view(shape)
+    if INTEGER_DECODE and rows.shape[0] == 1 and high.shape[0]:
+        capability = torch.cuda.get_device_capability(x.device)
+        if fits_kernels(x.dtype, planes, scales, settings, capability):
+            return dynamic_decode(rows, planes, scales, index, bias, settings, act_settings).view(shape)
     with torch.cuda.device_of(x):
         quantized = gathered_rows(rows, index, act_bits, act_half_step, group_size)
-    return packed_linear_cuda(quantized, *weight, None, bias, *settings).view(shape)
+    return multiply(quantized, planes, scales, None, bias, settings).view(shape)
 
 
 def dynamic_decode(

@@ -1,4 +1,6 @@
-"""One row of dynamically quantized activations through a packed weight, in integers (compute capability 8.0 or higher).
+"""One row of dynamically quantized activations through a packed weight, in integers.
+
+It needs compute capability 8.9 (E4M3).
 
 With c the weight's codes, b the activation's, and sums over the columns k of group g that are no padding:
 
@@ -22,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, load_planes, load_scales, quad_layout, store_tile
+from bbb_ao.kernels.packed_linear.blocks import assemble, load_tile, quad_layout, quad_places, store_tile, tile_places
 from bbb_ao.kernels.packed_linear_dynamic.quantize_row import MAGIC_BITS, quantized_row
 
 MAGIC = gl.constexpr(12582912.0)  # the float32 of MAGIC_BITS
@@ -156,26 +158,16 @@ def dynamic_decode_kernel(
     byte_layout: gl.constexpr = _byte_layout(WARPS)
     factor_layout: gl.constexpr = _factor_layout(WARPS)
     ITERATIONS: gl.constexpr = (NB + 4 * WARPS - 1) // (4 * WARPS)
-    aw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None]
-    an = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))[None, :, None]
-    ak = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, a_layout)))[None, None, :]
-    # Quad lane q, byte e of its 32: two runs of 16 bytes, 64 bytes apart, so that a quad reads whole sectors.
-    a_block = ak // 16 % 2 * 2 + ak // 64
-    a_byte = ak // 32 % 2 * 16 + ak % 16
+    places = tile_places(16, WARPS, a_layout)
     bk = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
     bc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
-    diagonal = bk // 16 % 2 * 2 + bk // 64 == bc // 2
+    diagonal = quad_places(bk, 16)[0] == bc // 2
     full = gl.full([1, 128, 8], -1, gl.int8, layout=b_layout)
     codes_mask = gl.where(diagonal & (bc % 2 == 0), full, 0)
     ones_mask = gl.where(diagonal & (bc % 2 == 1), full, 0)
-    qw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, q_layout)))[:, None, None]
-    qn = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, q_layout)))[None, :, None]
-    qc = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, q_layout)))[None, None, :]
     first = gl.program_id(0) * 16 * TILES
-    planes = load_planes(
-        high_ptr, mid_ptr, low_ptr, gl.minimum(first + an, N - 1), aw * 4 + a_block, a_byte, NB, R, gl.int8
-    )
-    packed = load_scales(scale_ptr, zero_ptr, gl.minimum(first + qn, N - 1), qw * 4 + qc, NB, NB, ZB)
+    weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
+    planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int8)
     # The compiler moves no load over a barrier: those of the planes are under way while the row is quantized.
     tl.debug_barrier()
     stored, ones = quantized_row(x_ptr, index_ptr, in_features, NB, ITERATIONS, R, ACT_BITS, ACT_HALF, INDEXED, WARPS)
@@ -202,27 +194,10 @@ def dynamic_decode_kernel(
             words = assemble(planes[0], planes[1], planes[2], planes[3], R)
             scale, zero = packed
             # The next tile's loads go out before this one's work.
-            if tile + 1 < TILES:
-                next_first = first + 16 * (tile + 1)
-                next_base = it * WARPS * 4
-            else:
-                next_first = first
-                next_base = (it + 1) * WARPS * 4
             if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
-                planes = load_planes(
-                    high_ptr,
-                    mid_ptr,
-                    low_ptr,
-                    gl.minimum(next_first + an, N - 1),
-                    next_base + aw * 4 + a_block,
-                    a_byte,
-                    NB,
-                    R,
-                    gl.int8,
-                )
-                packed = load_scales(
-                    scale_ptr, zero_ptr, gl.minimum(next_first + qn, N - 1), next_base + qw * 4 + qc, NB, NB, ZB
-                )
+                next_first = first + (tile + 1) % TILES * 16
+                next_base = (it + (tile + 1) // TILES) * (4 * WARPS)
+                planes, packed = load_tile(weight, places, next_first, next_base, N, NB, R, ZB, gl.int8)
             total = totals[tile]
             for quarter in gl.static_range(4):
                 a = _codes(words[quarter % (R // 2)], quarter, R, MASK)

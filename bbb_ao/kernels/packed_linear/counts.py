@@ -1,0 +1,41 @@
+"""Zeroed counters for kernels that leave them zero; see `warpgroup`.
+
+Launches of one stream follow each other, so they share counters. A captured launch has its own for good: graphs of one
+capturing stream may run side by side.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+POOL = 2**20  # counters kept ready for captured launches
+
+
+@cache
+def _of_stream(device: int, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}")
+
+
+@cache
+def _pools(device: int) -> list[Tensor]:
+    """The rest of the pool, in a list to change it; empty until a launch that is not captured."""
+    return []
+
+
+def zeroed_counts(size: int, device: int) -> Tensor:
+    """At least `size` int32 zeros for one launch on the current stream of the current device.
+
+    Without a launch outside of a capture before, or where the pool is used up, zeroing them becomes part of the graph.
+    """
+    pool = _pools(device)
+    if not torch.cuda.is_current_stream_capturing():
+        if not pool or pool[0].numel() < POOL // 2:
+            pool[:] = [torch.zeros(POOL, dtype=torch.int32, device=f"cuda:{device}")]
+            torch.cuda.current_stream().synchronize()
+        # Few sizes, so that growing layers keep no buffer each.
+        return _of_stream(device, torch.cuda.current_stream().cuda_stream, 1 << max(12, (size - 1).bit_length()))
+    if not pool or pool[0].numel() < size:
+        return torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}")
+    own, pool[0] = pool[0].split((size, pool[0].numel() - size))
+    return own
