@@ -134,5 +134,5 @@ def _is_log(path: Path) -> bool:
         line = file.readline(MOST_LINE)
     try:
         return not line or "event" in json.loads(line)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False

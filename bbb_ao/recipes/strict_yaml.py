@@ -4,8 +4,8 @@ Narrower than YAML 1.1: scalars follow YAML 1.2's core schema (`1e-4` is a numbe
 duplicate keys, explicit tags, anchors, aliases and deep nesting are refused, so that no file can run code or grow.
 """
 
+import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +91,17 @@ def read(path: Path) -> Any:
     Raises:
         RecipeError: missing, unreadable, too large, empty, with a byte-order mark, not UTF-8, or not plain YAML.
     """
+    # os.path answers for names that no file can have, too.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RecipeError(f"{path}: file: expected a readable recipe, got a folder or device; fix: check the path")
     try:
-        status = path.stat()
-        if status.st_size > MOST_BYTES:
-            raise RecipeError(
-                f"{path}: size: expected at most {MOST_BYTES} bytes, got {status.st_size}; fix: give a recipe"
-            )
-        if not stat.S_ISREG(status.st_mode):
-            raise RecipeError(f"{path}: file: expected a readable recipe, got another kind; fix: check the path")
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"{path}: file: expected a readable recipe, got {reason}; fix: check the path") from None
+    if len(content) > MOST_BYTES:
+        raise RecipeError(f"{path}: size: expected at most {MOST_BYTES} bytes, got more; fix: give a recipe")
     if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise RecipeError(f"{path}: encoding: expected UTF-8 without a byte-order mark, got one; fix: save it without")
     try:

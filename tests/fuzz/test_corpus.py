@@ -1,10 +1,15 @@
 """The corpus of the fuzzers, through the same targets, without atheris."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from doc_examples import ROOT
 from fuzz_targets import SHARDS, TARGETS, manifest
+
+from bbb_ao.recipes.loader import PARTS
+from bbb_ao.recipes.stages import Recipe
 
 CORPUS = ROOT / "fuzz" / "corpus"
 INPUTS = sorted(path for path in CORPUS.rglob("*") if path.is_file())
@@ -35,6 +40,12 @@ class Refused:
     def __init__(self, kind: type) -> None: ...
     def __enter__(self) -> None: ...
     def __exit__(self, *error: object) -> None: ...
+
+
+def test_the_whole_recipe_has_every_key() -> None:
+    text = (CORPUS / "recipe" / "every_key").read_text()
+    for part in (Recipe, *PARTS.values()):
+        assert {field.name for field in fields(part)} <= set(re.findall(r"(\w+):", text)), part.__name__
 
 
 def test_a_failing_reader_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

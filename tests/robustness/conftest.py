@@ -22,6 +22,8 @@ def refused(refused: Callable[..., str]) -> Callable[..., str]:
     def call(code: int, *arguments: object, reports: bool = False) -> str:
         line = refused(code, *arguments, reports=reports)
         assert re.fullmatch(r"bbb-ao: error: .+: .*expected .+, got\b.+; fix: .+\n", line), line
+        # Not an error in an error.
+        assert line.count("; fix: ") == 1, line
         return line
 
     return call

@@ -28,7 +28,7 @@ from robustness.damage import (
 
 UP = "model.layers.0.mlp.up_proj.weight"
 # The least that trains.
-SMALL = ("--set", "sequences=2", "sequence_length=16", "stages.*.epochs=0")
+SMALL = ("--set", "sequences=2", "sequence_length=16", "stages.*.epochs=0", "generated=0", "stages.*.text=calibration")
 
 
 def no_tokenizer(model: Path) -> None:

@@ -117,8 +117,9 @@ def test_logs_that_would_spoil_something_are_refused(train, model: Path, data: P
     assert "expected a log to go on with" in train(2, out, "--log", tmp_path / "notes.txt")
     assert "got a folder or device" in train(2, out, "--log", tmp_path)
     assert "below a directory" in train(2, out, "--log", tmp_path / "notes.txt" / "log.jsonl")
-    (tmp_path / "out.log.jsonl").write_text('{"text": "my data"}\n')
-    assert "expected a log to go on with" in train(2, out)
+    for content in ('{"text": "my data"}\n', "[" * 10**5, "[]", "3"):
+        (tmp_path / "out.log.jsonl").write_text(content)
+        assert "expected a log to go on with" in train(2, out)
 
 
 @pytest.mark.parametrize("output", [".", "link", "out/"])
