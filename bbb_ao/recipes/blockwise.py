@@ -135,22 +135,21 @@ def train_block_stage(
                 run, number, stage, student, teacher, teacher_stream, following, streams, inputs, chosen
             )
             with codes_kept(student, stage):
-                where = f"{name}: {stage.name}"
-                fits.append(
-                    fit(
-                        student,
-                        stage,
-                        run.recipe,
-                        len(chosen),
-                        loss_of,
-                        seed + number,
-                        where,
-                        on_step,
-                        load,
-                        run.memory,
-                        saving(number),
-                    )
+                where, count = f"{name}: {stage.name}", len(chosen)
+                result = fit(
+                    student,
+                    stage,
+                    run.recipe,
+                    count,
+                    loss_of,
+                    seed + number,
+                    where,
+                    on_step,
+                    load,
+                    run.memory,
+                    saving(number),
                 )
+            fits.append(result)
             # Before the block feeds the next one, so that what it learned is safe.
             if on_block is not None:
                 on_block(number, name, fits[-1])
