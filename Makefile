@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test lint kill docs clean
+.PHONY: setup demo test lint docs fuzz kill audit clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,17 @@ kill: setup
 # The book, in build/docs/index.html.
 docs: setup
 	$(RUN) -m sphinx -q -W --keep-going docs build/docs
+
+# The readers of untrusted files, for ten minutes in all; SECONDS=60 for one. Finds are written below build/fuzz.
+SECONDS ?= 600
+fuzz: setup
+	$(RUN) -m pip install -q -e '.[fuzz]'
+	$(RUN) fuzz/run.py $(SECONDS)
+
+# Known weaknesses of what is installed.
+audit: setup
+	$(RUN) -m pip install -q -e '.[audit]'
+	$(RUN) -m pip_audit --skip-editable
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

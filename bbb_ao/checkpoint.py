@@ -17,7 +17,7 @@ from bbb_ao.durable import fsync
 from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.huggingface import QUANT_METHOD, attach_quantizer
 from bbb_ao.manifest import write_manifest
-from bbb_ao.modeldir import check_output_directory
+from bbb_ao.outputs import check_output_directory
 from bbb_ao.packed_config import check_packed_config
 from bbb_ao.packed_linear import check_widths, stored_widths
 from bbb_ao.safetensors_header import read_header
@@ -35,8 +35,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
         RecipeError: the directory holds something, or is a file.
         ResourceError: it cannot be written.
     """
-    path = Path(path)
-    check_output_directory(path)
+    path = check_output_directory(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

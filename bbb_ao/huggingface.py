@@ -13,7 +13,7 @@ from bbb_ao.duplication import duplicate_output
 from bbb_ao.errors import ModelError
 from bbb_ao.grid import Grid
 from bbb_ao.kernels import EXPONENT_MAX, EXPONENT_MIN
-from bbb_ao.modeldir import read_stored
+from bbb_ao.modeldir import check_weights, read_stored
 from bbb_ao.packed_config import FORMAT_VERSION, check_packed_config, check_stored
 from bbb_ao.packed_linear import PackedLinear, packed_linears, set_bits
 from bbb_ao.safetensors_header import TensorEntry
@@ -75,6 +75,7 @@ class BitByBitHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_indices(model)
         check_scales(model)
+        check_weights(model)
         bits = getattr(model.config, "bits", None)
         if bits is not None:
             try:

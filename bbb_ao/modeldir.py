@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bbb_ao.errors import ModelError, RecipeError, ResourceError
+from bbb_ao.errors import ModelError
 from bbb_ao.packed_config import check_packed_config, check_stored
-from bbb_ao.safetensors_header import TensorEntry, read_header
+from bbb_ao.safetensors_header import TensorEntry, grows, read_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,7 @@ def check_model_directory(
         ModelError: one line, `<file>: <field>: expected X, got Y; fix: ...`.
     """
     directory = Path(model)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise ModelError(f"{model}: model: expected a directory, got none; fix: check the path")
     try:
         config = _check_config(directory, allow_bitbybit)
@@ -65,39 +65,6 @@ def check_model_directory(
         name = error.filename or directory
         raise ModelError(f"{name}: file: expected it readable, got {error.strerror}; fix: check permissions") from None
     return config
-
-
-def check_output_directory(output: str | Path, model: str | Path | None = None) -> Path:
-    """Refuse a directory that is the model's own, lies inside it, or holds anything already.
-
-    Returns:
-        the path; nothing is created.
-    Raises:
-        RecipeError: as above, or it is no directory.
-        ResourceError: it, or the nearest folder above it, cannot be written.
-    """
-    path = Path(output)
-    if model is not None and Path(model).exists():
-        source, target = Path(model).resolve(), path.resolve()
-        if target == source or source in target.parents:
-            raise RecipeError(
-                f"{output}: output: expected a directory other than the model's, got the same; fix: choose another"
-            )
-    if path.exists() or path.is_symlink():
-        if not path.is_dir():
-            raise RecipeError(f"{output}: output: expected a directory, got a file; fix: choose another path")
-        if any(path.iterdir()):
-            raise RecipeError(
-                f"{output}: output: expected an empty or missing directory, got files; fix: choose another"
-            )
-    nearest = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.exists())
-    if not nearest.is_dir():
-        raise RecipeError(
-            f"{output}: output: expected a path below a directory, got the file {nearest}; fix: choose another"
-        )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ResourceError(f"{output}: output: expected {nearest} writable, got no permission; fix: choose another")
-    return path
 
 
 def check_weights(model: "nn.Module") -> None:
@@ -140,6 +107,8 @@ def read_json(directory: Path, name: str) -> Any:
     content = path.read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path}: content: expected JSON, got a Git LFS pointer; fix: run git lfs pull")
+    if grows(content):
+        raise ModelError(f"{path}: content: expected fewer values, got millions; fix: restore the file")
     try:
         data = json.loads(content)
         levels = _levels(data)
@@ -174,11 +143,10 @@ def fetch_model(model: str | Path) -> Path:
     Raises:
         ModelError: nothing there, or a hub id that cannot be downloaded.
     """
-    path = Path(model)
-    # An empty name would be the current directory.
-    if str(model) and path.is_dir():
-        return path
-    if str(model) and path.exists():
+    # An empty name would be the current directory; of one that no file can have, os.path says that it is not there.
+    if str(model) and os.path.isdir(model):
+        return Path(model)
+    if str(model) and os.path.exists(model):
         raise ModelError(
             f"{model}: model: expected a directory, got a file; fix: give the folder that holds config.json"
         )
@@ -217,9 +185,14 @@ def inside(directory: Path, name: str) -> Path:
             root = folder.parent.parent
             break
     path = directory / name
-    if not path.resolve().is_relative_to(root):
+    try:
+        is_inside, is_there = path.resolve().is_relative_to(root), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name of 256 bytes, links in a circle, a null character.
+        raise ModelError(f"{path}: path: expected a file's, got: {error}; fix: download the model again") from None
+    if not is_inside:
         raise ModelError(f"{path}: path: expected a file inside {directory}, got a link out of it; fix: copy the file")
-    if not path.exists():
+    if not is_there:
         raise ModelError(f"{path}: file: expected it, got nothing there; fix: download the model again")
     if not stat.S_ISREG(path.stat().st_mode):
         raise ModelError(f"{path}: file: expected a regular file, got another kind; fix: download the model again")
@@ -283,18 +256,7 @@ def _check_other_files(directory: Path) -> None:
 
 def _check_weight_files(directory: Path, config: dict[str, Any]) -> None:
     """All weights in whole safetensors files inside the directory, of types and sizes that the configuration names."""
-    names = {WEIGHTS}
-    if (directory / WEIGHTS).is_symlink() or (directory / WEIGHTS).exists():
-        entries = read_header(inside(directory, WEIGHTS))
-    elif (directory / INDEX).is_symlink() or (directory / INDEX).exists():
-        entries, names = _read_shards(directory)
-    else:
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
-        got = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
-        fix = "convert them with safetensors" if pickles else "download the model again"
-        raise ModelError(f"{directory}: weights: expected {WEIGHTS}, got {got}; fix: {fix}")
-    if not entries:
-        raise ModelError(f"{directory}: weights: expected tensors, got none; fix: download the model again")
+    entries, names = weight_entries(directory)
     packed = config.get("quantization_config")
     for name, entry in entries.items():
         if 0 in entry.shape:
@@ -315,6 +277,27 @@ def _check_weight_files(directory: Path, config: dict[str, Any]) -> None:
                 "fix: remove what was added"
             )
         check_stored(packed, entries)
+
+
+def weight_entries(directory: Path) -> tuple[dict[str, TensorEntry], set[str]]:
+    """The tensors of a directory's weights by the headers of their files, and the names of these files.
+
+    Raises:
+        ModelError: no weights, or damaged, outside the directory, or not as the index says.
+    """
+    names = {WEIGHTS}
+    if (directory / WEIGHTS).is_symlink() or (directory / WEIGHTS).exists():
+        entries = read_header(inside(directory, WEIGHTS))
+    elif (directory / INDEX).is_symlink() or (directory / INDEX).exists():
+        entries, names = _read_shards(directory)
+    else:
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+        got = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
+        fix = "convert them with safetensors" if pickles else "download the model again"
+        raise ModelError(f"{directory}: weights: expected {WEIGHTS}, got {got}; fix: {fix}")
+    if not entries:
+        raise ModelError(f"{directory}: weights: expected tensors, got none; fix: download the model again")
+    return entries, names
 
 
 def _check_blocks(directory: Path, config: dict[str, Any], tensors: int) -> None:

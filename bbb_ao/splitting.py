@@ -80,7 +80,7 @@ def check_index(index: Tensor, in_features: int, group_size: int, where: str = "
     Raises:
         ValueError: with `where` in the message.
     """
-    fix = "rebuild it with choose_index"
+    fix = "fix: copy all files again, or rebuild it with choose_index"
     if index.dtype != torch.int32 or index.dim() != 1 or index.numel() % group_size or index.numel() < in_features:
         raise ValueError(
             f"{where}: expected int32 of a length divisible by {group_size} and at least {in_features}, "
@@ -92,13 +92,13 @@ def check_index(index: Tensor, in_features: int, group_size: int, where: str = "
             f"{where}: expected values from 0 to {in_features}, got {int(values.min())} to {int(values.max())}; {fix}"
         )
     if not torch.equal(values[:in_features], torch.arange(in_features)):
-        raise ValueError(f"{where}: expected the original channels 0 to {in_features - 1} first; {fix}")
+        raise ValueError(f"{where}: expected the original channels 0 to {in_features - 1} first, got others; {fix}")
     tail = values[in_features:]
     duplicates = tail[tail < in_features]
     if duplicates.unique().numel() != duplicates.numel():
-        raise ValueError(f"{where}: a channel is duplicated more than once; {fix}")
+        raise ValueError(f"{where}: expected each channel duplicated at most once, got one more often; {fix}")
     if bool((tail[: duplicates.numel()] == in_features).any()):
-        raise ValueError(f"{where}: expected padding only after the last duplicate; {fix}")
+        raise ValueError(f"{where}: expected padding after the last duplicate only, got it before; {fix}")
 
 
 def split_mask(index: Tensor, in_features: int) -> Tensor:

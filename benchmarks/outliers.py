@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bbb_ao.errors import NumericsError
-from bbb_ao.modeldir import check_output_directory
+from bbb_ao.outputs import check_output_directory
 from bbb_ao.passes import block_linears, find_blocks, float64_casts, make_outliers
 
 TOLERANCE = 1e-10

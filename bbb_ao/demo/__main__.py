@@ -50,18 +50,22 @@ def demo(
 ) -> None:
     """Compare the parts of the method on a model, save the packed result and generate from it."""
     # Imported here, where `main` keeps libraries' messages off the screen.
+    from bbb_ao.checkpoint import RECIPE_FILE
     from bbb_ao.demo.generation import generate, has_compiler
     from bbb_ao.demo.table import compare
-    from bbb_ao.modeldir import check_model_directory, check_output_directory
+    from bbb_ao.manifest import MANIFEST
+    from bbb_ao.modeldir import check_model_directory
+    from bbb_ao.outputs import check_output_directory
     from bbb_ao.recipes.loader import load_recipe
     from bbb_ao.recipes.loading import load_model, load_tokenizer
 
     settings = load_recipe(recipe, overrides or [])
     target = Path(output)
-    if overwrite and (target / "recipe.yaml").is_file():
+    check_model_directory(model)
+    earlier = all((target / name).is_file() for name in (MANIFEST, RECIPE_FILE))
+    if overwrite and earlier and not Path(model).resolve().is_relative_to(target.resolve()):
         shutil.rmtree(target)
     check_output_directory(target, model)
-    check_model_directory(model)
     start = time.perf_counter()
     tokenizer, full = load_tokenizer(model), load_model(model, "auto")
     print(f"{model}: {sum(p.numel() for p in full.parameters()) / 1e6:.1f} M parameters, recipe {settings.name}")

@@ -25,8 +25,8 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             stack = max(candidates, key=lambda module: sum(tensor.numel() for tensor in _tensors(module)))
             return [(f"{names[stack]}.{i}".removeprefix("."), block) for i, block in enumerate(stack)]
     raise ModelError(
-        f"{type(model).__name__}: no decoder blocks found: expected an nn.ModuleList of layers that hold weight "
-        "matrices; fix: pass a decoder-only Hugging Face model"
+        f"{type(model).__name__}: decoder blocks: expected an nn.ModuleList of layers that hold weight matrices, "
+        "got none; fix: pass a decoder-only Hugging Face model"
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from bbb_ao.checkpoint import save_packed
 from bbb_ao.convert import convert_model
 from bbb_ao.errors import DataError, RecipeError
-from bbb_ao.modeldir import check_model_directory, check_output_directory, check_weights
+from bbb_ao.modeldir import check_model_directory, check_weights
+from bbb_ao.outputs import check_output_directory, check_space
 from bbb_ao.packed_head import find_head, pack_head
 from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
@@ -280,11 +281,17 @@ def compress(
     resolved = dump_recipe(recipe)
     if not (run and run.is_done(resolved)):
         check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    if not isinstance(data, Tensor):
+        from bbb_ao.recipes.data import resolve_sources
+
+        resolve_sources(data)
     changed = check_recipe(run.record, recipe, run.amend) if run else set()
     hashes = hash_inputs(model_or_path, data) if run else {}
     if run:
         check_hashes(run.record, hashes)
     model, tokenizer = _load(model_or_path, tokenizer)
+    if isinstance(model_or_path, str | Path):
+        check_space(output_dir, Path(model_or_path), max(recipe.stages[-1].widths))
     sequences = _sequences(data, tokenizer, recipe, model)
     keeper = Keeper(run, recipe, hashes, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
     result = train(model, sequences, recipe, device, report, keeper=keeper)

@@ -152,10 +152,7 @@ def load_documents(sources: Sources, seed: int | None = None) -> Iterator[Docume
     Raises:
         DataError: missing, empty, malformed (with the line), no text column, or a hub name while offline.
     """
-    names = [sources] if isinstance(sources, str | Path) else list(sources)
-    if not names:
-        raise DataError("data: sources: expected a file, a folder or a hub dataset, got none; fix: give one")
-    resolved = [item for name in names for item in _resolve(name)]
+    resolved = resolve_sources(sources)
     if seed is None:
         return (document for item in resolved for document in _in_order(item))
     texts = [index_file(item) for item in resolved if isinstance(item, Path) and item.suffix != ".parquet"]
@@ -165,23 +162,36 @@ def load_documents(sources: Sources, seed: int | None = None) -> Iterator[Docume
     return _in_turn(streams)
 
 
+def resolve_sources(sources: Sources) -> list[Path | str]:
+    """The files of all sources, and the names of hub datasets; nothing is read.
+
+    Raises:
+        DataError: missing, or of no known kind.
+    """
+    names = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not names:
+        raise DataError("data: sources: expected a file, a folder or a hub dataset, got none; fix: give one")
+    return [item for name in names for item in _resolve(name)]
+
+
 def _resolve(name: str | Path) -> list[Path | str]:
     """The files of a source, or the hub name itself."""
     if not str(name):
         raise DataError("data: sources: expected a file, a folder or a hub dataset, got an empty name; fix: give one")
     path = Path(name)
-    if path.is_dir():
+    # Unlike Path's, os.path's functions answer for names that no file can have, too.
+    if os.path.isdir(path):
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not found:
             raise DataError(f"{name}: folder: expected {', '.join(SUFFIXES)} files, got none; fix: check the path")
         return list(found)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix not in SUFFIXES:
             raise DataError(
                 f"{name}: suffix: expected {', '.join(SUFFIXES)}, got {path.suffix!r}; fix: rename the file"
             )
         return [path]
-    if path.exists():
+    if os.path.exists(path):
         raise DataError(f"{name}: file: expected a regular file, got a device or pipe; fix: save the text to a file")
     if path.suffix in SUFFIXES or not HUB_NAME.fullmatch(str(name)):
         raise DataError(

@@ -121,6 +121,14 @@ def test_a_surplus_shard_is_refused(copied: Path) -> None:
         check_model_directory(copied, allow_bitbybit=True, needs_tokenizer=False)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_values_that_are_not_finite_are_refused(copied: Path, name: str) -> None:
+    state = load_file(copied / WEIGHTS)
+    state[name][0] = float("nan")
+    save_file(state, copied / WEIGHTS, {"format": "pt"})
+    assert f"{name}: values: expected finite ones, got nan" in refused(copied)
+
+
 def test_ten_times_the_tensors_are_refused(copied: Path) -> None:
     state = load_file(copied / WEIGHTS)
     save_file(state | {f"x{i}": torch.ones(1) for i in range(10 * len(state))}, copied / WEIGHTS, {"format": "pt"})

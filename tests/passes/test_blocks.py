@@ -43,7 +43,7 @@ def test_lists_inside_blocks_and_lists_of_heads_do_not_count():
 
 
 def test_a_model_without_blocks_is_refused_in_one_line():
-    with pytest.raises(ModelError, match=r"Sequential: no decoder blocks found: .*fix: ") as caught:
+    with pytest.raises(ModelError, match=r"Sequential: decoder blocks: expected .*fix: ") as caught:
         find_blocks(nn.Sequential(nn.Linear(8, 8)))
     assert "\n" not in str(caught.value)
 

@@ -16,7 +16,8 @@ FILES = {
     "python object": ("name: !!python/object/apply:os.getcwd []\n", "python/object"),
     "any explicit tag": ("name: !!binary aGk=\n", "the tag"),
     "alias bomb": (BOMB, "anchor or alias"),
-    "over 1 MB": (VALID + "# " + "x" * 2**20, "at most 1048576 bytes"),
+    "over 1 MB": (VALID + "# " + "x" * 2**20, "at most 65536 bytes"),
+    "as long as may be": ("name: [" + "[], " * 16_000 + "]\n", "expected"),
     "deeply nested": (DEEP, "levels"),
     "empty": ("", "an empty file"),
     "only a comment": ("# nothing\n", "an empty file"),
@@ -109,7 +110,9 @@ def test_bad_setting_is_refused(setting: str, refused, tmp_path: Path) -> None:
     assert "; fix: " in message
 
 
-@pytest.mark.parametrize("recipe", ["w2a61", "missing.yaml", "a/b", "../smoke", "/"])
+@pytest.mark.parametrize(
+    "recipe", ["w2a61", "missing.yaml", "a/b", "../smoke", "/", "", f"{'x' * 300}.yaml", "x\0.yaml", "/dev/zero"]
+)
 def test_unknown_recipe_is_refused(recipe: str, refused, tmp_path: Path) -> None:
     assert "recipe" in train(refused, recipe, tmp_path)
 

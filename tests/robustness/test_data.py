@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bbb_ao.recipes import compress
+
 GOOD = json.dumps({"text": "some words " * 20}) + "\n"
 FILES: dict[str, tuple[str, bytes, str]] = {
     "empty jsonl": ("d.jsonl", b"", "an empty file"),
@@ -42,9 +44,23 @@ def test_bad_file_is_refused(name: str, refused, model: Path, tmp_path: Path) ->
     assert "; fix: " in message
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.txt", "missing", "a/b/c", "", "/dev/null", "no\x1bsuch"])
+@pytest.mark.parametrize(
+    "name",
+    ["missing.jsonl", "missing.txt", "missing", "a/b/c", "", "/dev/null", "no\x1bsuch", f"{'x' * 300}.txt", "x\0.txt"],
+)
 def test_missing_file_is_refused(name: str, refused, model: Path) -> None:
     evaluate(refused, model, name)
+
+
+def test_missing_text_is_refused_before_the_model_is_loaded(
+    refused, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*arguments: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(compress, "load_model", loaded)
+    arguments = ("train", model, "--data", data, "typo.jsonl", "--recipe", "smoke", "--output", tmp_path / "out")
+    assert "typo.jsonl: file: expected a file" in refused(4, *arguments)
 
 
 def test_one_bad_source_among_good_ones_is_named(refused, model: Path, data: Path) -> None:
