@@ -17,11 +17,15 @@ MOST_NAME, MOST_PATH = 200, 3500
 MOST_LINE = 2**20
 
 
-def check_output_directory(output: str | Path, model: str | Path | None = None) -> Path:
+def check_output_directory(
+    output: str | Path, model: str | Path | None = None, *, may_hold_files: bool = False
+) -> Path:
     """Refuse a directory that is the model's own, lies inside it, holds anything already, or cannot be replaced.
 
     A result is written beside its place and moved there in one step, so that the folder above must be writable too.
 
+    Args:
+        may_hold_files: accept a directory that holds something, as a run leaves one that was killed at its very end.
     Returns:
         the path, without symbolic links; nothing is created.
     Raises:
@@ -38,7 +42,7 @@ def check_output_directory(output: str | Path, model: str | Path | None = None) 
     if path.exists():
         if not path.is_dir():
             raise RecipeError(f"{output}: output: expected a directory, got a file; fix: choose another path")
-        if any(path.iterdir()):
+        if not may_hold_files and any(path.iterdir()):
             raise RecipeError(
                 f"{output}: output: expected an empty or missing directory, got files; fix: choose another"
             )

@@ -90,13 +90,13 @@ def train(
 
     settings = load_recipe(recipe, overrides or [])
     directory = fetch_model(model)
-    check_model_directory(directory)
-    folder = RunFolder(output, save_steps=save_steps, restart=restart, amend=amend, keep_stages=keep_stages)
-    # `compress` checks all of these again for its other callers; here they come before seconds of imports.
+    # `compress` checks them again for its other callers; here they come before seconds of imports.
+    target = check_output_directory(output, directory, may_hold_files=True)
+    folder = RunFolder(target, save_steps=save_steps, restart=restart, amend=amend, keep_stages=keep_stages)
     if not folder.folder.exists():
         check_output_directory(output, directory)
-        check_space(output, directory, max(settings.stages[-1].widths))
-    target = Path(output).resolve()
+    check_model_directory(directory)
+    check_space(output, directory, max(settings.stages[-1].widths))
     record = Path(log) if log is not None else target.with_name(f"{target.name}.log.jsonl")
     check_log(record, output, [directory, *data])
     with folder as run:

@@ -135,22 +135,21 @@ def train_block_stage(
         if number >= first:
             load, loss_of = _block_loss(run, number, stage, student, path, streams, inputs, chosen)
             with codes_kept(student, stage, higher, run.teacher_blocks[number]):
-                where = f"{name}: {stage.name}"
-                fits.append(
-                    fit(
-                        student,
-                        stage,
-                        run.recipe,
-                        len(chosen),
-                        loss_of,
-                        seed + number,
-                        where,
-                        on_step,
-                        load,
-                        run.memory,
-                        saving(number),
-                    )
+                where, count = f"{name}: {stage.name}", len(chosen)
+                result = fit(
+                    student,
+                    stage,
+                    run.recipe,
+                    count,
+                    loss_of,
+                    seed + number,
+                    where,
+                    on_step,
+                    load,
+                    run.memory,
+                    saving(number),
                 )
+            fits.append(result)
             # They hold the streams that are replaced below.
             del load, loss_of
             # Before the block feeds the next one, so that what it learned is safe.

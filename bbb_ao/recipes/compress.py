@@ -321,11 +321,11 @@ def compress(
     resolved = dump_recipe(recipe)
     if not (run and run.is_done(resolved)):
         check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
-    changed = check_recipe(run.record, recipe, run.amend) if run else set()
     if not isinstance(data, Tensor):
         from bbb_ao.recipes.data import resolve_sources
 
         resolve_sources(data)
+    changed = check_recipe(run.record, recipe, run.amend) if run else set()
     hashes = hash_inputs(model_or_path, data) if run else {}
     if run:
         check_hashes(run.record, hashes)

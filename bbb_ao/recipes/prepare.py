@@ -36,7 +36,7 @@ class Prepared:
     Attributes:
         plans: one for each kind of block.
         layers: full names of the quantized Linears; one that the plan names as unsupported is not among them.
-        channels: of every site of every block, in order.
+        channels: of every site of every block, in order; none without a run.
     """
 
     plans: tuple[RewritePlan, ...]

@@ -55,7 +55,7 @@ class RunFolder:
         amend: bool = False,
         keep_stages: bool = False,
     ) -> None:
-        self.output = Path(output)
+        self.output = Path(output).resolve()
         self.folder = self.output.with_name(f"{self.output.name}.run")
         self.save_steps, self.restart, self.amend, self.keep_stages = save_steps, restart, amend, keep_stages
         self.record: dict[str, Any] = {}
