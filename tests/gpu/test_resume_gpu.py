@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_replay_gpu import IDS, OTHER, RECIPE, tiny_llama
+from .test_replay_gpu import IDS, OTHER, RECIPE, tiny_llama
 
 from bbb_ao.recipes.compress import Silent, train
 from bbb_ao.recipes.keeper import Keeper

@@ -194,5 +194,5 @@ def test_a_damaged_width_is_refused(checkpoint, ids, tmp_path):
     config = json.loads((output / "config.json").read_text())
     next(iter(config["quantization_config"]["modules"].values()))["bits"] = 9
     (output / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"^config\.json: quantization_config\.modules: .*_proj: expected"):
+    with pytest.raises(ModelError, match=r"^config\.json: quantization_config\.modules: .*_proj: bits: expected"):
         AutoModelForCausalLM.from_pretrained(output)

@@ -261,7 +261,7 @@ def test_lookahead_runs_the_output_through_the_blocks_behind(prepared, run, monk
     teacher = run("llama", lookahead=5)
     losses = {}
 
-    def remember(module, stage, recipe, count, loss_of, seed, where, on_step=None, load=None):
+    def remember(module, stage, recipe, count, loss_of, seed, where, on_step, load, memory, saving):
         losses[where] = float(loss_of(*load(torch.arange(4))).detach())
         return optimization.Fit(0.0, 0.0, 0, "")
 
