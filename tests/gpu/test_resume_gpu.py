@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from .test_replay_gpu import IDS, OTHER, RECIPE, tiny_llama
 
 from bbb_ao.recipes.compress import Silent, train
 from bbb_ao.recipes.keeper import Keeper
 from bbb_ao.recipes.run_folder import RunFolder
 from bbb_ao.recipes.stages import Recipe
+
+from .test_replay_gpu import IDS, OTHER, RECIPE, tiny_llama
 
 
 class Stop(Exception):
