@@ -78,7 +78,7 @@ class Peaks(Silent):
         self.start = 0 if device.type == "cuda" else resident("VmRSS")
         self._reset()
 
-    def stage(self, number: int, name: str, blocks: int) -> None:
+    def stage(self, number: int, name: str, blocks: int, done: int = 0) -> None:
         self.next(f"stage {number + 1} {name}")
 
     def next(self, phase: str) -> None:

@@ -35,7 +35,7 @@ from bbb_ao.passes import apply_plan, capture_model, choose_indices, find_blocks
 from bbb_ao.qat_linear import QATLinear, set_training_bits
 from bbb_ao.recipes.optimization import CopiesRate, autocast, make_optimizer, trainable_groups, update
 from bbb_ao.recipes.replay import WARM_UP, Recorded
-from bbb_ao.recipes.stages import Recipe, Stage
+from bbb_ao.recipes.stages import Stage
 from bbb_ao.recipes.streams import BlockCall, record_calls
 
 TOKENS = 2048
@@ -116,7 +116,6 @@ def reference_only(active: bool) -> Iterator[None]:
 def make_step(student: nn.Module, call: BlockCall, x: Tensor, target: Tensor, mode: str) -> Callable[[], Tensor]:
     """The training loop's step on the block, with fixed inputs."""
     stage = Stage(weight_bits=2, lr=1e-5)
-    recipe = Recipe(name="qat_step", stages=(stage,), gradient_clip=None)
     groups = trainable_groups(student, stage, True)
     if not any(isinstance(module, QATLinear) for module in student.modules()):
         groups = [{"params": list(student.requires_grad_().parameters()), "peak": stage.lr}]
@@ -126,7 +125,7 @@ def make_step(student: nn.Module, call: BlockCall, x: Tensor, target: Tensor, mo
             y = call(student, x)
         return (y.float() - target).square().mean()
 
-    step = partial(update, make_optimizer(groups), CopiesRate(student, 1.0), recipe, loss_of)
+    step = partial(update, student, make_optimizer(groups), CopiesRate(student, 1.0), None, len(x), loss_of)
     if mode == "eager":
         return lambda: step(x, target)
     recorded = Recorded(step, 10**6)
