@@ -65,11 +65,11 @@ def test_generate_gives_the_same_tokens_before_and_after_and_undo_gives_the_weig
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
 def test_split_model_equals_the_original_in_float64(make_model, captured, name):
-    model = make_model(name).double()
+    model, kinds = make_model(name).double(), captured(name)
     ids = torch.randint(2, 128, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), float64_casts():
         expected = model(ids).logits
-        rewrite(model, captured(name))
+        rewrite(model, kinds)
         logits = model(ids).logits
     assert logits.dtype == torch.float64
     assert (logits - expected).abs().max() <= 1e-12 * expected.abs().max()
