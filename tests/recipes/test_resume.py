@@ -189,6 +189,18 @@ def test_a_loop_goes_on_between_two_saves(steps, go, whole, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("steps", [6, 10, 14, 18, 20])
+def test_stages_that_keep_bits_go_on(go, whole, tmp_path, steps):
+    """What is kept comes from the finished stage, where the lower bits start from the model, both also half way."""
+    below = Stage(weight_bits=(8, 4), keep_bits=2, epochs=2, batch_size=1)
+    stages = (Stage(epochs=2, batch_size=1), below, replace(below, scope="model"))
+    recipe, output = replace(RECIPE, lookahead=1, generated=0, stages=stages), tmp_path / "out"
+    with pytest.raises(Stop):
+        go(output, recipe, report=StopsAtStep(steps))
+    go(output, recipe)
+    assert digests(output) == whole(recipe)
+
+
 def test_finished_stages_are_checkpoints(go, tmp_path):
     output = tmp_path / "out"
     go(output, keep_stages=True)
