@@ -33,7 +33,7 @@ from bbb_ao.grid import Grid
 from bbb_ao.kernels.fake_quantize import dispatch
 from bbb_ao.passes import apply_plan, capture_model, choose_indices, find_blocks, verified_plan
 from bbb_ao.qat_linear import QATLinear, set_training_bits
-from bbb_ao.recipes.optimization import CopiesRate, autocast, make_optimizer, trainable_groups, update
+from bbb_ao.recipes.optimization import Bounds, CopiesRate, autocast, make_optimizer, trainable_groups, update
 from bbb_ao.recipes.replay import WARM_UP, Recorded
 from bbb_ao.recipes.stages import Stage
 from bbb_ao.recipes.streams import BlockCall, record_calls
@@ -125,7 +125,7 @@ def make_step(student: nn.Module, call: BlockCall, x: Tensor, target: Tensor, mo
             y = call(student, x)
         return (y.float() - target).square().mean()
 
-    step = partial(update, student, make_optimizer(groups), CopiesRate(student, 1.0), None, len(x), loss_of)
+    step = partial(update, make_optimizer(groups), CopiesRate(student, 1.0), Bounds(student), None, len(x), loss_of)
     if mode == "eager":
         return lambda: step(x, target)
     recorded = Recorded(step, 10**6)

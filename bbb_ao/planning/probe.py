@@ -21,7 +21,7 @@ from bbb_ao.passes import find_blocks
 from bbb_ao.planning.job import Job
 from bbb_ao.planning.trace import materialize, materialize_call, step_loss, training
 from bbb_ao.recipes.blockwise import stream_widths
-from bbb_ao.recipes.optimization import CopiesRate, autocast, make_optimizer, update
+from bbb_ao.recipes.optimization import Bounds, CopiesRate, autocast, make_optimizer, update
 from bbb_ao.recipes.replay import WARM_UP, WORTHWHILE, Recorded
 from bbb_ao.recipes.stages import Stage
 
@@ -91,7 +91,7 @@ def probe(job: Job, stage: Stage) -> Times | None:
 
     with training(block, stage, job.recipe) as groups:
         recipe, size = job.recipe, job.micro_batch(stage)
-        one = partial(update, block, make_optimizer(groups), copies, recipe.gradient_clip, size, loss_of)
+        one = partial(update, make_optimizer(groups), copies, Bounds(block), recipe.gradient_clip, size, loss_of)
         step = partial(Recorded(one, job.steps(stage)), hidden, target)
         warm_up = WARM_UP + 1 if job.steps(stage) >= WORTHWHILE and not job.on_cpu else 1
         seconds = _seconds(step, warm_up, job.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bbb_ao.checkpoint import save_packed
 from bbb_ao.convert import convert_model
-from bbb_ao.errors import DataError, RecipeError
+from bbb_ao.errors import DataError
 from bbb_ao.modeldir import check_model_directory, check_weights
 from bbb_ao.outputs import check_output_directory, check_space
 from bbb_ao.packed_head import find_head, pack_head
@@ -30,6 +30,7 @@ from bbb_ao.recipes.memory import Memory
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
 from bbb_ao.recipes.run_folder import RunFolder
+from bbb_ao.recipes.sequences import check_sequences, read_sequences
 from bbb_ao.recipes.stages import Recipe
 from bbb_ao.recipes.statistics import layer_errors
 from bbb_ao.storage import footprint
@@ -114,7 +115,7 @@ def train(
         RecipeError, ModelError, NumericsError: see `prepare_student` and `fit`.
         DataError: `sequences` is no matrix of ids of the model's vocabulary.
     """
-    _check_sequences(sequences, model)
+    check_sequences(sequences, model)
     if recipe.head_bits is not None:
         find_head(model)
     device = device or choose_device()
@@ -123,7 +124,7 @@ def train(
             write = partial(_generate, model, sequences, recipe, device, report or Silent())
             generated = keeper.generated(write) if keeper else write()
         if recipe.generated and generated is not None:
-            _check_sequences(generated, model)
+            check_sequences(generated, model)
             if tuple(generated.shape) != (recipe.generated, sequences.shape[1]):
                 raise DataError(
                     f"generated: expected {[recipe.generated, sequences.shape[1]]} ids, got {list(generated.shape)}; "
@@ -332,7 +333,7 @@ def compress(
     model, tokenizer = _load(model_or_path, tokenizer)
     if isinstance(model_or_path, str | Path):
         check_space(output_dir, Path(model_or_path), max(recipe.stages[-1].widths))
-    sequences = _sequences(data, tokenizer, recipe, model)
+    sequences = read_sequences(data, tokenizer, recipe, model)
     keeper = Keeper(run, recipe, hashes, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
     device, report = device or choose_device(), report or Silent()
     facts = {
@@ -372,44 +373,3 @@ def _load(model_or_path: Any, tokenizer: Any) -> tuple[Any, Any]:
         return model_or_path, tokenizer
     check_model_directory(model_or_path)
     return load_model(model_or_path), tokenizer or load_tokenizer(model_or_path)
-
-
-def _sequences(data: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) -> Tensor:
-    if isinstance(data, Tensor):
-        return data
-    if tokenizer is None:
-        raise DataError("tokenizer: expected one for data that is text, got None; fix: pass tokenizer=")
-    length, longest = recipe.sequence_length, _longest(model)
-    if longest is not None and length > longest:
-        raise RecipeError(
-            f"sequence_length: expected at most the model's {longest} positions, got {length}; fix: lower it"
-        )
-    from bbb_ao.recipes.data import calibration_sequences
-
-    return calibration_sequences(tokenizer, data, recipe.sequences, length, recipe.seed, _vocabulary(model))
-
-
-def _check_sequences(sequences: Tensor, model: nn.Module) -> None:
-    shape, vocabulary, longest = tuple(sequences.shape), _vocabulary(model), _longest(model)
-    if sequences.dtype != torch.int64 or len(shape) != 2 or 0 in shape:
-        raise DataError(
-            f"sequences: expected int64 [sequences, tokens], got {sequences.dtype} {shape}; fix: stack token ids"
-        )
-    low, high = int(sequences.min()), int(sequences.max())
-    if low < 0 or high >= vocabulary:
-        raise DataError(
-            f"sequences: expected ids from 0 to {vocabulary - 1}, the model's vocabulary, got {low} to {high}; "
-            "fix: use the model's own tokenizer"
-        )
-    if longest is not None and shape[1] > longest:
-        raise DataError(
-            f"sequences: expected at most the model's {longest} positions, got {shape[1]} tokens; fix: cut them shorter"
-        )
-
-
-def _vocabulary(model: Any) -> int:
-    return model.get_input_embeddings().num_embeddings
-
-
-def _longest(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

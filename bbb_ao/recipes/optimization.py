@@ -129,6 +129,21 @@ class CopiesRate:
                 linear.weight[:, columns] = torch.lerp(old, linear.weight[:, columns], self.factor)
 
 
+class Bounds:
+    """Keeps the weights of QATLinears that have bounds within them; see `QATLinear.keep_top_bits`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.linears = [linear for linear in qat_linears(module).values() if linear.bounds is not None]
+
+    def after(self) -> None:
+        """Move what a step has taken out of its bounds to the nearest weight within them."""
+        if self.linears:
+            weights = [linear.weight.detach() for linear in self.linears]
+            lowest, highest = zip(*(linear.bounds for linear in self.linears if linear.bounds is not None), strict=True)
+            torch._foreach_clamp_min_(weights, list(lowest))
+            torch._foreach_clamp_max_(weights, list(highest))
+
+
 @contextmanager
 def codes_kept(module: nn.Module, stage: Stage, higher: Stage | None, teacher: nn.Module) -> Iterator[None]:
     """Keep what a stage must keep of every code below `module`.
@@ -154,16 +169,6 @@ def codes_kept(module: nn.Module, stage: Stage, higher: Stage | None, teacher: n
         for linear in linears.values():
             linear.thaw_codes()
             linear.bounds = None
-
-
-def clamp_to_bounds(module: nn.Module) -> None:
-    """Move the weights of QATLinears that have bounds to the nearest ones within them."""
-    bounded = [linear for linear in qat_linears(module).values() if linear.bounds is not None]
-    if bounded:
-        weights = [linear.weight.detach() for linear in bounded]
-        lowest, highest = zip(*(linear.bounds for linear in bounded if linear.bounds is not None), strict=True)
-        torch._foreach_clamp_min_(weights, list(lowest))
-        torch._foreach_clamp_max_(weights, list(highest))
 
 
 @dataclass(frozen=True)
@@ -204,15 +209,15 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def update(
-    module: nn.Module,
     optimizer: torch.optim.Optimizer,
     copies: CopiesRate,
+    bounds: Bounds,
     clip: float | None,
     micro_batch: int,
     loss_of: Callable[..., Tensor],
     *batch: Tensor,
 ) -> Tensor:
-    """One optimizer step of `module` on a batch, in micro-batches; the mean loss before it, a scalar on the device.
+    """One optimizer step on a batch, in micro-batches; the mean loss before it, a scalar on the device.
 
     Raises:
         torch.OutOfMemoryError: with every parameter as it was.
@@ -232,7 +237,7 @@ def update(
     try:
         optimizer.step()
         copies.after(before)
-        clamp_to_bounds(module)
+        bounds.after()
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"optimizer: memory: expected room for its state, got: {str(error).splitlines()[0]}; "
@@ -281,7 +286,7 @@ def fit(
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups)
     steps = stage_steps(stage, count)
-    copies = CopiesRate(module, recipe.copies_lr_factor)
+    copies, bounds = CopiesRate(module, recipe.copies_lr_factor), Bounds(module)
     memory = memory or Memory(recipe.micro_batch)
     state = LoopState(parameters, optimizer, TailAverage(parameters, recipe.average, steps))
     saved = saving.load() if saving else None
@@ -292,7 +297,7 @@ def fit(
         nonlocal recorded, reliefs
         if recorded is None or reliefs != memory.reliefs:
             reliefs = memory.reliefs
-            recorded = Recorded(partial(update, module, optimizer, copies, recipe.gradient_clip, size, loss_of), steps)
+            recorded = Recorded(partial(update, optimizer, copies, bounds, recipe.gradient_clip, size, loss_of), steps)
         return recorded(*((rows,) if load is None else load(rows)))
 
     if saved is not None and parameters[0].is_cuda:
