@@ -27,10 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bbb_ao.passes import find_blocks
 from bbb_ao.planning.job import Job
 from bbb_ao.planning.memory import Phase, phases
-from bbb_ao.planning.skeleton import build_skeleton
 from bbb_ao.recipes.compress import Silent, pack, train
 from bbb_ao.recipes.loader import load_recipe
 from bbb_ao.recipes.loading import load_model
+from bbb_ao.recipes.skeleton import build_skeleton
 from bbb_ao.recipes.stages import Recipe
 
 DEMO = Path(__file__).parent.parent / "bbb_ao" / "demo" / "model"

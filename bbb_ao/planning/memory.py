@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.planning.job import Job, float32_bytes, tensor_bytes
-from bbb_ao.planning.trace import model_step_bytes, norms_bytes, shortened, step_bytes, trained_bytes
+from bbb_ao.planning.trace import model_step_bytes, norms_bytes, shortened, step_bytes
 from bbb_ao.qat_linear import qat_linears
 from bbb_ao.recipes.blockwise import STREAM_BUDGET, stream_widths
 from bbb_ao.recipes.optimization import stream_dtype
 from bbb_ao.recipes.prepare import reads_activations
 from bbb_ao.recipes.replay import WORTHWHILE
+from bbb_ao.recipes.skeleton import trained_bytes
 from bbb_ao.recipes.stages import Stage
 
 # Of each weight of a block while its plan is verified: copies in float64 of the original, of the rewritten graph and of

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map_only
 
 from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.live_bytes import peak_bytes
-from bbb_ao.planning.skeleton import Answered
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.distill import masks_given, stage_loss
-from bbb_ao.recipes.optimization import autocast, codes_kept, trainable_groups
+from bbb_ao.recipes.optimization import autocast
 from bbb_ao.recipes.prepare import squares_of
+from bbb_ao.recipes.skeleton import Answered, training
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall
 
@@ -75,20 +75,6 @@ def step_loss(
                 output = call(block, output).float()
             total = total + factor * (output - target).square().mean()
     return total
-
-
-@contextmanager
-def training(block: nn.Module, stage: Stage, recipe: Recipe) -> Iterator[list[dict]]:
-    """A prepared block as a stage trains it: its parameter groups, with codes kept where the stage keeps some."""
-    # Kept bits as from a stage before that kept them: the master stays, and no twin is read.
-    with codes_kept(block, stage, stage, block):
-        yield trainable_groups(block, stage, recipe.train_norms)
-
-
-def trained_bytes(block: nn.Module, stage: Stage, recipe: Recipe) -> int:
-    """Of the parameters that a stage trains, float32."""
-    with training(copy.deepcopy(block), stage, recipe) as groups:
-        return sum(4 * parameter.numel() for group in groups for parameter in group["params"])
 
 
 def step_bytes(

@@ -10,11 +10,11 @@ from bbb_ao.passes import find_blocks
 from bbb_ao.planning import memory
 from bbb_ao.planning.job import Job
 from bbb_ao.planning.live_bytes import peak_bytes
-from bbb_ao.planning.skeleton import build_skeleton
-from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss, trained_bytes, training
+from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss
 from bbb_ao.recipes import blockwise
 from bbb_ao.recipes.compress import train
 from bbb_ao.recipes.optimization import TailAverage, make_optimizer
+from bbb_ao.recipes.skeleton import build_skeleton, trained_bytes, training
 from bbb_ao.recipes.stages import Split, Stage
 from bbb_ao.recipes.streams import Stream
 
