@@ -329,18 +329,8 @@ def compress(
 
         resolve_sources(data)
     changed = check_recipe(run.record, recipe, run.amend) if run else set()
-    # A directory's weights are read last: minutes, for a large model.
-    model = _checked(model_or_path)
-    if directory is not None:
-        if not done:
-            _check_space(output_dir, model, recipe, run)
-        tokenizer = tokenizer or load_tokenizer(directory)
-    sequences = read_sequences(data, tokenizer, recipe, model)
-    hashes = hash_inputs(model_or_path, data) if run else {}
-    if run:
-        check_hashes(run.record, hashes)
-    if directory is not None:
-        model = load_model(directory)
+    room = None if done or directory is None else output_dir
+    model, tokenizer, sequences, hashes = _open(model_or_path, tokenizer, data, recipe, run, room)
     keeper = Keeper(run, recipe, hashes, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
     device, report = device or choose_device(), report or Silent()
     facts = {"command": command, "model": str(directory or type(model).__name__), "recipe": resolved}
@@ -369,16 +359,29 @@ def _save_stage(
     save_packed(packed, tokenizer, folder, until.default_bits, dump_recipe(until))
 
 
-def _checked(model_or_path: Any) -> Any:
-    """The model, or of a directory its shapes, refused where it cannot be used."""
-    if isinstance(model_or_path, str | Path):
-        check_model_directory(model_or_path)
-        return build_skeleton(model_or_path)
-    check_weights(model_or_path)
-    return model_or_path
+def _open(
+    model_or_path: Any, tokenizer: Any, data: Any, recipe: Recipe, run: RunFolder | None, room: str | Path | None
+) -> tuple[Any, Any, Tensor, dict[str, str]]:
+    """What a run reads: (model, tokenizer, calibration ids, hashes of what a run with a state is of).
 
+    A directory's weights come last, since a large model's take minutes.
 
-def _check_space(output: str | Path, model: Any, recipe: Recipe, run: RunFolder | None) -> None:
-    """Refuse a disk that is too small; see `disk_use`. The model is on the meta device."""
-    needed = disk_use(model, prepare_skeleton(model, recipe)[0], recipe, run.save_steps if run else None).run
-    check_space(output, needed, run.bytes if run else 0)
+    Args:
+        room: a path on the disk that must have room for what the run writes; None is not looked at.
+    """
+    directory = model_or_path if isinstance(model_or_path, str | Path) else None
+    model: Any = model_or_path
+    if directory is None:
+        check_weights(model)
+    else:
+        check_model_directory(directory)
+        model, tokenizer = build_skeleton(directory), tokenizer or load_tokenizer(directory)
+    if room is not None:
+        student, _ = prepare_skeleton(model, recipe)
+        needed = disk_use(model, student, recipe, run.save_steps if run else None).run
+        check_space(room, needed, run.bytes if run else 0)
+    sequences = read_sequences(data, tokenizer, recipe, model)
+    hashes = hash_inputs(model_or_path, data) if run else {}
+    if run:
+        check_hashes(run.record, hashes)
+    return model if directory is None else load_model(directory), tokenizer, sequences, hashes
