@@ -376,11 +376,11 @@ def _open(
     else:
         check_model_directory(directory)
         model, tokenizer = build_skeleton(directory), tokenizer or load_tokenizer(directory)
+    sequences = read_sequences(data, tokenizer, recipe, model)
     if room is not None:
         student, _ = prepare_skeleton(model, recipe)
         needed = disk_use(model, student, recipe, run.save_steps if run else None).run
         check_space(room, needed, run.bytes if run else 0)
-    sequences = read_sequences(data, tokenizer, recipe, model)
     hashes = hash_inputs(model_or_path, data) if run else {}
     if run:
         check_hashes(run.record, hashes)
