@@ -10,6 +10,7 @@ vocabulary; it is left out on a CPU, `testbed` without its directory. One flat r
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -86,6 +87,9 @@ class Peaks(Silent):
         used = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident("VmHWM")
         self.found[self.phase] = used - self.start
         self.phase = phase
+        if self.device.type == "cpu":
+            # What the phase freed in small pieces.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self._reset()
 
     def _reset(self) -> None:
