@@ -1,6 +1,7 @@
 """The commands. torch, transformers and datasets are imported inside them, after what can be refused without."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def train(
     ] = False,
 ) -> None:
     """Compress MODEL by a recipe, and save a directory that transformers loads; a run that was stopped goes on."""
-    from bbb_ao.modeldir import check_model_directory, fetch_model
+    from bbb_ao.modeldir import CONFIG, check_model_directory, fetch_model
     from bbb_ao.outputs import check_log, check_output_directory
     from bbb_ao.recipes.identity import check_recipe
     from bbb_ao.recipes.loader import load_recipe
@@ -93,15 +94,17 @@ def train(
 
     settings = load_recipe(recipe, overrides or [])
     resolve_sources(data)
-    directory = fetch_model(model)
-    target = check_output_directory(output, directory, may_hold_files=True)
+    target = check_output_directory(output, model, may_hold_files=True)
     folder = RunFolder(target, save_steps=save_steps, restart=restart, amend=amend, keep_stages=keep_stages)
     if not folder.folder.exists():
         # With a state, this may be its result, which `compress` knows.
-        check_output_directory(output, directory)
-    check_model_directory(directory)
+        check_output_directory(output, model)
+    # Of a model of the hub no more than the plan needs, before what may be refused.
+    directory = fetch_model(model, (CONFIG,))
+    if os.path.isdir(model):
+        check_model_directory(directory)
     record = Path(log) if log is not None else target.with_name(f"{target.name}.log.jsonl")
-    check_log(record, output, [directory, *data])
+    check_log(record, output, [model, *data])
     with folder as run:
         check_recipe(run.record, settings, amend)
         from bbb_ao.recipes.compress import compress
@@ -110,6 +113,7 @@ def train(
 
         place = choose_device(device)
         check_plan(directory, settings, place, output)
+        directory = fetch_model(model)
         command = _train_command(model, data, recipe, output, overrides or [], device, log)
         with Progress(len(settings.stages), record) as progress:
             result = compress(

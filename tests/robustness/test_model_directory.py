@@ -112,6 +112,27 @@ def test_hub_id_while_offline_says_so(refused, data: Path, tmp_path: Path) -> No
     assert "offline" in refused(3, *train("org/name", data, tmp_path))
 
 
+def test_of_a_hub_model_only_the_configuration_is_downloaded_before_what_may_be_refused(
+    refused, run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(model)
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    command = train("org/name", data, tmp_path)
+    assert "expected a directory, got a file" in refused(2, *command[:-1], "--output", data)
+    assert asked == []
+    assert "at most the model's 64 positions" in refused(2, *command, "--set", "sequence_length=65")
+    assert asked == [["config.json"]]
+    assert run(*command).code == 0
+    assert asked[1] == ["config.json"]
+    assert "*.safetensors" in asked[2]
+
+
 def test_models_without_blocks_or_linears_are_refused(refused, model: Path, data: Path, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
