@@ -3,13 +3,13 @@
 A kernel compiled with PDL
 
 1. with `fresh` waits (griddepcontrol.wait) for the launches before it;
-2. lets the next launch start (griddepcontrol.launch_dependents);
-3. reads what no launch of a graph writes: planes, scales and zero offsets of its weight, and its index;
-4. waits, after which the launches before it are complete and what they wrote is visible;
-5. only then reads anything else and writes.
+2. reads what no launch of a graph writes: planes, scales and zero offsets of its weight, and its index;
+3. waits, after which the launches before it are complete and what they wrote is visible;
+4. only then reads anything else and writes.
 
-Every program waits, so that a launch is complete only after those before it are: one wait is enough for all of them.
-A weight may be packed and multiplied by at once, so that 3 is only right where it is a constant: in a captured graph,
+It lets the next launch start (griddepcontrol.launch_dependents) between 1 and 2, or once it has asked for its last tile
+where a multiprocessor holds several programs: the next launch's would crowd on those with room for one more. Every program waits, so that a launch is complete only after those before it are: one wait is enough for all of them.
+A weight may be packed and multiplied by at once, so that 2 is only right where it is a constant: in a captured graph,
 which must not write the weights that it multiplies by. Everywhere else `fresh` is set. One compiled kernel serves both,
 so that results are the same.
 """

@@ -150,6 +150,9 @@ def test_only_constants_are_read_before_the_launches_before_are_complete(ptx: di
 def test_the_next_launch_may_start_before_this_one_waits(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
         assert text.count("griddepcontrol.launch_dependents") == 1, name
+        if name.startswith("matmul"):
+            # There the warp that copies does it, behind its last copy.
+            continue
         start, _ = text.split("griddepcontrol.launch_dependents")
         # The wait for a weight that may just have been written is the only one before, and a branch skips it.
         assert start.count("griddepcontrol.wait") == 1, name

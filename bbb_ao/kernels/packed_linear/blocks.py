@@ -9,10 +9,16 @@ from bbb_ao.kernels.packed_linear import ptx
 
 @gluon.jit
 def start_launch(fresh, PDL: gl.constexpr):
-    """The first steps of `dependent_launch`: what follows reads constants alone."""
+    """The first step of `dependent_launch`: what follows reads constants alone."""
     if PDL:
         if fresh != 0:
             gdc_wait()
+
+
+@gluon.jit
+def let_next_launch(PDL: gl.constexpr):
+    """The next launch may start when all programs got here (`dependent_launch`)."""
+    if PDL:
         gdc_launch_dependents()
 
 

@@ -29,6 +29,7 @@ from bbb_ao.kernels.packed_linear import ptx
 from bbb_ao.kernels.packed_linear.blocks import (
     assemble,
     gather,
+    let_next_launch,
     load_tile,
     quad_places,
     start_launch,
@@ -221,6 +222,7 @@ def decode_kernel(
 ):
     """y[m, n] for M = 1 or 2 rows of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
     start_launch(fresh, PDL)
+    let_next_launch(PDL)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 16)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 16)

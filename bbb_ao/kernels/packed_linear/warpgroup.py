@@ -27,7 +27,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, finished, load_scales, start_launch, wait_for_launches
+from bbb_ao.kernels.packed_linear.blocks import (
+    assemble,
+    finished,
+    let_next_launch,
+    load_scales,
+    start_launch,
+    wait_for_launches,
+)
 
 # Triton 3.9 renamed it.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -141,6 +148,8 @@ def _produce(
         mbarrier.wait(buffers[3].index(turn % STAGES), turn // STAGES & 1 ^ 1)
         _copy_weights(planes, buffers, extent, place, STAGES, bytes, R, GROUPS)
         _copy_activations(x_desc, buffers, extent, place, STAGES)
+    # Not before: programs of the next launch would crowd on the multiprocessors that have room for a second one.
+    let_next_launch(PDL)
 
 
 @gluon.jit

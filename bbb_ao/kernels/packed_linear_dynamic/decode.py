@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from bbb_ao.kernels.packed_linear import ptx
 from bbb_ao.kernels.packed_linear.blocks import (
     assemble,
+    let_next_launch,
     load_tile,
     quad_layout,
     quad_places,
@@ -163,6 +164,7 @@ def dynamic_decode_kernel(
 ):
     """y[n] for one row of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
     start_launch(fresh, PDL)
+    let_next_launch(PDL)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 32)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 32)
