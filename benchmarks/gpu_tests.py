@@ -74,7 +74,8 @@ def check_memory(log: Path) -> dict[str, object]:
     if status != 0 or "3.0" not in output:
         lines = [line for line in output.splitlines() if "rror" in line or "not supported" in line]
         return {"ran": False, "reason": lines[0].strip() if lines else f"the probe ended with status {status}"}
-    status, output, seconds = run([*CHECKER, *PYTEST, "-m", "memcheck", *SUITES], CHECKER_SECONDS, log, **apart, **UNTUNED)
+    command = [*CHECKER, *PYTEST, "-m", "memcheck", *SUITES]
+    status, output, seconds = run(command, CHECKER_SECONDS, log, **apart, **UNTUNED)
     summary = re.findall(r"ERROR SUMMARY: (\d+) error", output)
     errors = int(summary[-1]) if summary else None
     return {"ran": True, "status": status, "errors": errors, "seconds": seconds, **counts(output)}

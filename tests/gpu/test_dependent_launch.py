@@ -182,11 +182,3 @@ def test_after_a_join_of_two_streams(m: int) -> None:
         graph.replay()
         found.append(y.clone())
     same(found, [torch.cat([each, each]) for each in expected])
-
-
-@pytest.mark.parametrize("act_bits", [2, 4])
-def test_one_row_quantized_in_the_kernel_that_multiplies(act_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bbb_ao.kernels.packed_linear_dynamic import cuda
-
-    monkeypatch.setattr(cuda, "INTEGER_DECODE", True)
-    test_a_chain_of_launches_in_one_graph(1, act_bits)

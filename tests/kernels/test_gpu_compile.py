@@ -82,7 +82,8 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """PTX of each kernel and setting, compiled in a process of its own: here Triton may be its interpreter."""
     folder = tmp_path_factory.mktemp("ptx")
     root = str(SCRIPT.parent.parent.parent)
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": root}
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, SCRIPT, folder], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {path.stem: path.read_text() for path in folder.glob("*.ptx")}

@@ -10,9 +10,8 @@ from bbb_ao.kernels.packed_linear import ptx
 @gluon.jit
 def start_launch(fresh, PDL: gl.constexpr):
     """The first step of `dependent_launch`: what follows reads constants alone."""
-    if PDL:
-        if fresh != 0:
-            gdc_wait()
+    if PDL and fresh != 0:
+        gdc_wait()
 
 
 @gluon.jit

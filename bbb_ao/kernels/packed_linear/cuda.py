@@ -45,7 +45,16 @@ ROW_TILES = (16, 32, 64, 128, 256)
 PROGRAMS = {16: (3, 56, 72), 32: (2, 80, 104), 64: (2, 80, 104), 128: (1, 168, 240), 256: (1, 168, 240)}
 SHARED_BYTES = 227 * 1024
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
-DECODE_SETTINGS: list[Settings] = [(1, 4, 0), (1, 4, 128), (1, 8, 128), (1, 8, 0), (1, 2, 0), (1, 2, 128), (2, 8, 0)]
+DECODE_SETTINGS: list[Settings] = [
+    (1, 4, 0),
+    (1, 4, 96),
+    (1, 4, 128),
+    (1, 8, 0),
+    (1, 8, 128),
+    (1, 16, 0),
+    (2, 4, 0),
+    (2, 8, 0),
+]
 
 
 def packed_linear_cuda(
