@@ -11,12 +11,15 @@ Greedy, 256 prompt tokens and 256 new ones, static cache. The prompt's pass (eag
                          bits per weight x weights of the packed layers, and two bytes for every other weight
     bits_per_weight      of the packed layers, scales and zero points counted
 
-`--profile` also prints the kernels of one step by their time. Models are built on the GPU in seconds.
+`--inductor-pdl` lets kernels that Inductor writes start before those before them end (programmatic dependent launch),
+for every implementation; ours do so anyway, but with BBB_AO_PDL=off. `--profile` also prints the kernels of one step by
+their time. Models are built on the GPU in seconds.
 """
 
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._inductor.config
 from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b
 from environment import environment
 
@@ -145,14 +149,17 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inductor-pdl", action="store_true")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("decode: expected an NVIDIA GPU, found none", file=sys.stderr)
         return 5
+    torch._inductor.config.triton.enable_pdl = arguments.inductor_pdl
     rows: list[dict[str, object]] = []
     where = environment(arguments.seed)
     settings = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "layers": arguments.layers, "runs": arguments.runs}
+    settings |= {"inductor_pdl": arguments.inductor_pdl, "own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
     for impl in arguments.impl:
         start = time.perf_counter()
         model, size = build_measured(impl, arguments.layers, arguments.seed)

@@ -2,8 +2,31 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bbb_ao.kernels.packed_linear import ptx
+
+
+@gluon.jit
+def start_launch(fresh, PDL: gl.constexpr):
+    """The first step of `dependent_launch`: what follows reads constants alone."""
+    if PDL:
+        if fresh != 0:
+            gdc_wait()
+
+
+@gluon.jit
+def let_next_launch(PDL: gl.constexpr):
+    """The next launch may start when all programs got here (`dependent_launch`)."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@gluon.jit
+def wait_for_launches(PDL: gl.constexpr):
+    """What follows may read and write anything (`dependent_launch`)."""
+    if PDL:
+        gdc_wait()
 
 
 @gluon.constexpr_function

@@ -7,8 +7,8 @@ The rule, with M rows of x:
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
 The first two take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
-bits, planes at an address that 16 divides, and slices that need no rounding (the half-step grid, or every stored bit);
-other layers always take the third way.
+bits, contiguous planes, scales and zero offsets, planes at an address that 16 divides, and slices that need no rounding
+(the half-step grid, or every stored bit); other layers always take the third way.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.packed_linear.counts import zeroed_counts
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
@@ -126,7 +127,9 @@ def fits_kernels(
         and (half_step or bits >= stored_bits(*planes[1:]))
         and all(plane is None or (plane.is_contiguous() and plane.data_ptr() % ALIGNMENT == 0) for plane in planes)
         # Those of a block are read as one word.
+        and scale.is_contiguous()
         and scale.data_ptr() % 4 == 0
+        and (zero_point is None or zero_point.is_contiguous())
         and (zero_point is None or zero_point.data_ptr() % max(1, zero_point_bits // 2) == 0)
         and capability >= (8, 9)
     )
@@ -168,9 +171,9 @@ def kernel_pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales:
         high,
         high if mid is None else mid,
         high if low is None else low,
-        scale.contiguous(),
+        scale,
         exponent,
-        scale if zero_point is None else zero_point.contiguous(),
+        scale if zero_point is None else zero_point,
     )
 
 
@@ -209,6 +212,7 @@ def decode_linear(
             TILES=tiles,
             WARPS=warps,
             num_warps=warps,
+            **dependent_launch(rows.device),
             **({"maxnreg": registers} if registers else {}),
         )
 
@@ -292,6 +296,7 @@ def warpgroup_linear(
             REGISTERS=registers,
             num_warps=4,
             maxnreg=most,
+            **dependent_launch(columns.device),
         )
 
     device = columns.get_device()

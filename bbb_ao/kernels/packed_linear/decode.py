@@ -26,7 +26,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, gather, load_tile, quad_places, store_tile, tile_places
+from bbb_ao.kernels.packed_linear.blocks import (
+    assemble,
+    gather,
+    let_next_launch,
+    load_tile,
+    quad_places,
+    start_launch,
+    store_tile,
+    tile_places,
+    wait_for_launches,
+)
 
 
 @gluon.constexpr_function
@@ -182,7 +192,7 @@ def _add_flush(
     return total + factor * (acc - offset * sums[FLUSH])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["fresh"])
 def decode_kernel(
     x_ptr,
     high_ptr,
@@ -196,6 +206,7 @@ def decode_kernel(
     y_ptr,
     in_features,
     N,
+    fresh,
     NB: gl.constexpr,
     R: gl.constexpr,
     MASK: gl.constexpr,
@@ -207,8 +218,11 @@ def decode_kernel(
     BIASED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """y[m, n] for M = 1 or 2 rows of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
+    start_launch(fresh, PDL)
+    let_next_launch(PDL)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 16)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 16)
@@ -227,6 +241,7 @@ def decode_kernel(
         totals = totals + (zeros,)
     weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
     planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int16)
+    wait_for_launches(PDL)
     for it in gl.static_range(ITERATIONS):
         base = it * WARPS * 4
         operands = _block_diagonal(

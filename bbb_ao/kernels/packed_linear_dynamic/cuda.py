@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.fake_quantize.launch import gathered_rows
 from bbb_ao.kernels.packed_linear.cuda import (
     ALIGNMENT,
@@ -114,6 +115,7 @@ def dynamic_decode(
             TILES=tiles,
             WARPS=warps,
             num_warps=warps,
+            **dependent_launch(row.device),
             **({"maxnreg": registers} if registers else {}),
         )
 
