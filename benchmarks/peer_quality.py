@@ -64,7 +64,7 @@ def auto_round(model: Any, sequences: Tensor, seed: int, settings: Settings) -> 
     """Intel's AutoRound: rounding and ranges by signed gradient descent, block by block, the weights frozen.
 
     The defaults are those of `auto-round-best` (1,000 iterations, 8 x 2,048 tokens each, 2**20 tokens of text), in
-    sequences of 1,024 tokens and in float32, with `enable_alg_ext`, which its README recommends for W2A16 and which acts
+    sequences of 1,024 tokens, in float32, with `enable_alg_ext`, which its README recommends for W2A16 and which acts
     on symmetric grids. Scales are float16; with sym=false each group has a zero point of 2 bits.
     """
     from auto_round import AutoRound  # pyright: ignore[reportMissingImports]
