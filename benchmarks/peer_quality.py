@@ -4,8 +4,9 @@
     python benchmarks/peer_quality.py --peer hqq hqq/group_size=64 parq/lr=1e-3/epochs=4 --model DIR --tokens FILE
 
 None is a dependency: auto-round and hqq come from PyPI, PARQ is part of torchao. A peer is a line: its name, then
-settings, all parted by slashes, under the names that the library gives them; what a line leaves out is what the
-library's authors advise for 2 bits (`PEERS`). Every Linear of the decoder blocks is quantized, and nothing else.
+settings, all parted by slashes, under the names that the library gives them. What a line leaves out is in `PEERS`: what
+the authors advise for 2 bits, where they do, at groups of 32. Every Linear of the decoder blocks is quantized, and
+nothing else.
 
 Sequences are those of `quality.draw`: a seed gives a peer what it gives our recipes; one that takes none runs once.
 `bits_per_weight` counts what the peer's own format stores; that no group holds more than four values is checked before
@@ -55,25 +56,29 @@ class Peer:
 
 
 def linears(model: Any) -> list[nn.Linear]:
-    return [block.get_submodule(name) for _, block in find_blocks(model) for name in block_linears(block)]  # type: ignore[misc]
+    """Those of the decoder blocks, in module order."""
+    return [block.get_submodule(name) for _, block in find_blocks(model) for name in block_linears(block)]  # type: ignore
 
 
 def auto_round(model: Any, sequences: Tensor, seed: int, settings: Settings) -> None:
     """Intel's AutoRound: rounding and ranges by signed gradient descent, block by block, the weights frozen.
 
     The defaults are those of `auto-round-best` (1,000 iterations, 8 x 2,048 tokens each, 2**20 tokens of text), in
-    sequences of 1,024 tokens, with `enable_alg_ext`, which its README recommends for W2A16.
+    sequences of 1,024 tokens, with `enable_alg_ext`, which its README recommends for W2A16 and which acts on symmetric
+    grids. Scales are float16; with sym=false each group has a zero point of 2 bits.
     """
-    from auto_round import AutoRound  # type: ignore[import-not-found]
+    from auto_round import AutoRound  # pyright: ignore[reportMissingImports]
     from transformers import AutoTokenizer
 
+    device = str(model.device)
+    # It takes a model as from_pretrained leaves it and moves what it works on.
     AutoRound(
-        model,
+        model.cpu(),
         AutoTokenizer.from_pretrained(model.name_or_path),
         scheme="W2A16",
         dataset=list(sequences.split(settings["batch_size"])),
         seed=seed,
-        device_map=str(model.device),
+        device_map=device,
         enable_torch_compile=False,
         **settings,
     ).quantize()
@@ -81,7 +86,7 @@ def auto_round(model: Any, sequences: Tensor, seed: int, settings: Settings) -> 
 
 def hqq(model: Any, sequences: Tensor, seed: int, settings: Settings) -> None:
     """Half-quadratic quantization: zero points fitted to the weights alone, float16 scales and zero points."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # type: ignore[import-not-found]
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[reportMissingImports]
 
     config = BaseQuantizeConfig(nbits=BITS, **settings)
     for linear in linears(model):
@@ -93,7 +98,8 @@ def parq(model: Any, sequences: Tensor, seed: int, settings: Settings) -> None:
     """torchao's PARQ: the blocks trained end to end on the next token; a proximal map pulls weights to four values.
 
     The map hardens over the first 95 % of the steps, as in its authors' example, on the grid that torchao takes for 2
-    bits, +-0.5 and +-1.5 scales. The rate falls linearly to zero. Scales end as float16.
+    bits: -1.5, -0.5, 0.5 and 1.5 scales. Its steepness is the largest that its README names. The rate falls linearly to
+    zero; neither it nor the epochs have advice for language models. Embedding, head and final norm stay as they are.
     """
     from torchao.prototype.parq.optim import ProxPARQ, QuantOptimizer
     from torchao.prototype.parq.quant import StretchedUnifTorchaoQuantizer
@@ -124,6 +130,7 @@ def parq(model: Any, sequences: Tensor, seed: int, settings: Settings) -> None:
             optimizer.step()
             schedule.step()
             base.zero_grad()
+    # It keeps scales in float32, which would be 3 bits per weight; float16 ones change a weight by its last bit.
     for weight in weights:
         weight.data.copy_(weight.half())
 
@@ -141,7 +148,7 @@ PEERS = {
             "lr": None,
             "enable_alg_ext": True,
             "enable_neuqi": False,
-            "amp": False,
+            "amp": True,
         },
         auto_round,
         lambda settings: 16 if settings["sym"] else 16 + BITS,
