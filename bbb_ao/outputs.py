@@ -1,15 +1,12 @@
 """What a command is about to write: refused in the first second rather than after hours of training."""
 
 import json
-import math
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from bbb_ao.errors import RecipeError, ResourceError
-from bbb_ao.modeldir import weight_entries
 
 # Bytes of a name, and of a whole path: the log and the temporary sibling have longer ones than the directory itself,
 # and the weights lie below it.
@@ -78,29 +75,34 @@ def check_log(log: str | Path, output: str | Path, inputs: Iterable[str | Path])
     _check_folder(path.parent, log, "log")
 
 
-def check_space(output: str | Path, directory: Path, bits: int) -> None:
-    """Refuse a disk that cannot hold the packed form of a model.
+def check_space(output: str | Path, needed: int, held: int = 0) -> None:
+    """Refuse a disk that has no room for what a run writes.
 
     Args:
-        directory: of the model, as `check_model_directory` passed it.
-        bits: the widest that is stored; weights in numbered blocks take so many bits each, or more.
+        needed: bytes, as `recipes.disk` counts them; held: of these, what is there from an earlier start.
     Raises:
         ResourceError: names what is needed and what is free.
     """
-    stored = {2: 2, 3: 4, 4: 4}.get(bits, 8)
-    needed = sum(
-        math.prod(entry.shape) * stored // 8
-        if len(entry.shape) >= 2 and re.search(r"\.\d+\.", name)
-        else entry.end - entry.begin
-        for name, entry in weight_entries(directory)[0].items()
-    )
-    path = Path(output).resolve()
-    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-    if free < needed:
+    if (free := free_space(output) + held) < needed:
         raise ResourceError(
-            f"{output}: disk: expected at least {needed / 2**20:.1f} MiB free for the result, got "
-            f"{free / 2**20:.1f}; fix: free space or choose another disk"
+            f"{output}: disk: expected {size(needed)} free for the result and the run's state, got {size(free)}; "
+            "fix: free space, or choose another output"
         )
+
+
+def free_space(path: str | Path) -> int:
+    """Bytes that are free on the disk of a path, or of the nearest folder above it that is there."""
+    path = Path(path).resolve()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+
+
+def size(count: float) -> str:
+    """Bytes for people: "3.2 GB", in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
 
 
 def _plain_path(given: str | Path, field: str) -> Path:

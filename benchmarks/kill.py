@@ -126,8 +126,13 @@ class Trial:
                 self.kills += child(lambda: main(command), self.draw.uniform(0, self.seconds)) == signal.SIGKILL
             child(lambda: main(command))
             self.runs += 1
-            self.identical += digests(folder / "out") == self.expected
-            self.leaking += {path.name for path in folder.iterdir()} != {"out", "out.log.jsonl"}
+            found = digests(folder / "out")
+            differ = sorted({name for name, _ in found.items() ^ self.expected.items()})
+            left = sorted({path.name for path in folder.iterdir()} ^ {"out", "out.log.jsonl"})
+            if differ or left:
+                print(f"run {self.runs}: expected the files of a run without kills, got others: {differ} {left}")
+            self.identical += not differ
+            self.leaking += bool(left)
         return hit
 
 
@@ -138,7 +143,8 @@ def measure(kills: int, boundaries: bool, seed: int) -> dict[str, object]:
         whole, seconds = [], 0.0
         for number in range(3):
             start = time.perf_counter()
-            assert main([*command, "--output", f"{name}/out{number}"]) == 0
+            code = main([*command, "--output", f"{name}/out{number}"])
+            assert code == 0, f"run {number} without kills: expected exit code 0, got {code}"
             seconds = time.perf_counter() - start
             whole.append(digests(Path(name) / f"out{number}"))
             shutil.rmtree(Path(name) / f"out{number}")

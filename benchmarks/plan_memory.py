@@ -10,6 +10,7 @@ vocabulary; it is left out on a CPU, `testbed` without its directory. One flat r
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -27,10 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bbb_ao.passes import find_blocks
 from bbb_ao.planning.job import Job
 from bbb_ao.planning.memory import Phase, phases
-from bbb_ao.planning.skeleton import build_skeleton
 from bbb_ao.recipes.compress import Silent, pack, train
 from bbb_ao.recipes.loader import load_recipe
 from bbb_ao.recipes.loading import load_model
+from bbb_ao.recipes.skeleton import build_skeleton
 from bbb_ao.recipes.stages import Recipe
 
 DEMO = Path(__file__).parent.parent / "bbb_ao" / "demo" / "model"
@@ -86,6 +87,9 @@ class Peaks(Silent):
         used = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident("VmHWM")
         self.found[self.phase] = used - self.start
         self.phase = phase
+        if self.device.type == "cpu":
+            # What the phase freed in small pieces.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self._reset()
 
     def _reset(self) -> None:

@@ -57,7 +57,9 @@ def recipe(content: bytes) -> None:
         with refusal(RecipeError):
             loaded = load_recipe(path)
             path.write_text(dump_recipe(loaded), encoding="utf-8")
-            assert load_recipe(path) == loaded
+            again = load_recipe(path)
+            differ = [field for field, value in vars(loaded).items() if vars(again)[field] != value]
+            assert not differ, f"loaded again from what is stored, these keys differ: {differ}"
 
 
 def shard(names: tuple[str, ...]) -> bytes:
@@ -80,7 +82,10 @@ def index(content: bytes) -> None:
         with refusal(ModelError):
             entries, files = weight_entries(folder)
             # An index may leave a shard out, but no tensor of one that it names.
-            assert entries.keys() == {name for file in files for name in SHARDS[file]}
+            named = {name for file in files for name in SHARDS[file]}
+            assert entries.keys() == named, (
+                f"expected the tensors {sorted(named)} of {sorted(files)}, got {list(entries)}"
+            )
 
 
 def manifest(content: bytes) -> None:
@@ -92,8 +97,8 @@ def manifest(content: bytes) -> None:
         (folder / MANIFEST).write_bytes(content)
         with refusal(ModelError):
             found = check_manifest(folder)
-            assert found is not None
-            assert found.files.keys() == SHARDS.keys()
+            assert found is not None, "a manifest that is there was passed over"
+            assert found.files.keys() == SHARDS.keys(), f"expected the files {list(SHARDS)}, got {list(found.files)}"
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

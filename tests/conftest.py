@@ -125,7 +125,7 @@ def refused(run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.Monk
         assert line.startswith("bbb-ao: error: "), line
         assert line.isprintable(), line
         # `train` prints what it is going to do before it opens weights and text.
-        plan = ("LlamaForCausalLM: ", "result: ", "memory: ") if arguments[:1] == ("train",) else ()
+        plan = ("LlamaForCausalLM: ", "result: ", "disk: ", "memory: ") if arguments[:1] == ("train",) else ()
         assert reports or all(line.startswith(plan) for line in result.out.splitlines()), result.out
         assert "Traceback" not in result.err
         assert snapshot(tmp_path) == before

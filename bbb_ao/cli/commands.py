@@ -83,25 +83,22 @@ def train(
 ) -> None:
     """Compress MODEL by a recipe, and save a directory that transformers loads; a run that was stopped goes on."""
     from bbb_ao.modeldir import check_model_directory, fetch_model
-    from bbb_ao.outputs import check_log, check_output_directory, check_space
+    from bbb_ao.outputs import check_log, check_output_directory
     from bbb_ao.recipes.identity import check_recipe
-    from bbb_ao.recipes.loader import dump_recipe, load_recipe
+    from bbb_ao.recipes.loader import load_recipe
     from bbb_ao.recipes.run_folder import RunFolder
 
     settings = load_recipe(recipe, overrides or [])
     directory = fetch_model(model)
-    # `compress` checks them again for its other callers; here they come before seconds of imports.
     target = check_output_directory(output, directory, may_hold_files=True)
     folder = RunFolder(target, save_steps=save_steps, restart=restart, amend=amend, keep_stages=keep_stages)
     if not folder.folder.exists():
+        # With a state, this may be its result, which `compress` knows.
         check_output_directory(output, directory)
     check_model_directory(directory)
-    check_space(output, directory, max(settings.stages[-1].widths))
     record = Path(log) if log is not None else target.with_name(f"{target.name}.log.jsonl")
     check_log(record, output, [directory, *data])
     with folder as run:
-        if not run.is_done(dump_recipe(settings)):
-            check_output_directory(output, directory)
         check_recipe(run.record, settings, amend)
         from bbb_ao.recipes.compress import compress
         from bbb_ao.recipes.loading import choose_device

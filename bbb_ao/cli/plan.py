@@ -58,13 +58,13 @@ def check_plan(directory: Path, recipe: "Recipe", device: Any, output: str) -> N
 
     found = make_plan(directory, recipe, device, probe=False)
     limits = read_limits(device, output)
-    check_limits(recipe, list(found.phases), found.checkpoint_bytes, limits, output)
+    check_limits(recipe, list(found.phases), limits)
     print_summary(found, limits)
 
 
 def print_summary(found: "Plan", limits: "Limits") -> None:
     """A few lines: layers, size, memory, disk and time, each beside what is there."""
-    from bbb_ao.planning import size
+    from bbb_ao.outputs import size
 
     def beside(needed: int, free: int | None) -> str:
         return size(needed) + ("" if free is None else f" of {size(free)} free")
@@ -74,8 +74,9 @@ def print_summary(found: "Plan", limits: "Limits") -> None:
     )
     typer.echo(
         f"result: {found.bits_per_weight:.3f} bits per weight stored, {found.default_bits_per_weight:.3f} read at the "
-        f"default width; {beside(found.checkpoint_bytes, limits.output)} on disk"
+        f"default width; {size(found.checkpoint_bytes)}"
     )
+    typer.echo(f"disk: {beside(found.run_bytes, limits.output)}, with the state of the run")
     if limits.device is not None:
         typer.echo(f"GPU memory: {beside(found.device_bytes, limits.device)}")
     typer.echo(f"memory: {beside(found.host_bytes, limits.host)}")
@@ -111,7 +112,7 @@ def _print_layers(found: "Plan") -> None:
 
 def _print_memory(found: "Plan") -> None:
     """A line for each phase: the GPU's and the host's terms."""
-    from bbb_ao.planning import size
+    from bbb_ao.outputs import size
 
     for phase in found.phases:
         for where, terms in (("GPU", phase.device), ("host", phase.host), ("disk", {"streams": phase.disk})):

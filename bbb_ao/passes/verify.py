@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,16 +97,28 @@ def verify_block(
     live_reference = _run(original, args, kwargs)
     reference, capture_error, graph_error = live_reference, 0.0, None
     if captured.graph is not None:
-        graph = bind(captured.graph, original)
-        reference = _run(graph, args, kwargs)
-        capture_error = _relative_error(live_reference, reference)
-        rewritten = duplicate_channels(graph, plan, indices)
-        graph_error = _relative_error(_run_rewritten(f"{name}: rewritten graph", rewritten, args, kwargs), reference)
+        with _released(bind(captured.graph, original)) as graph:
+            reference = _run(graph, args, kwargs)
+            capture_error = _relative_error(live_reference, reference)
+            with _released(duplicate_channels(graph, plan, indices)) as rewritten:
+                outputs = _run_rewritten(f"{name}: rewritten graph", rewritten, args, kwargs)
+        graph_error = _relative_error(outputs, reference)
     apply_plan(original, plan, indices)
     live_error = _relative_error(_run_rewritten(f"{name}: rewritten block", original, args, kwargs), reference)
     result = Verification(name, capture_error, graph_error, live_error)
     _check(result, tolerance)
     return result
+
+
+@contextmanager
+def _released(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """Takes a graph's tensors from it at the end: it refers to itself, and would keep them until some collection."""
+    try:
+        yield graph
+    finally:
+        for module in graph.modules():
+            for name in [*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))]:
+                delattr(module, name)
 
 
 def block_error(captured: CapturedBlock, original: nn.Module, changed: nn.Module, seed: int = 0) -> float:

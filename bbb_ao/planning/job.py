@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bbb_ao.passes import find_blocks
-from bbb_ao.planning.skeleton import Answered, prepare_skeleton
 from bbb_ao.recipes.optimization import stage_rows, stage_steps, stream_dtype
 from bbb_ao.recipes.prepare import Prepared
+from bbb_ao.recipes.skeleton import Answered, prepare_skeleton
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall, record_calls
 

@@ -1,6 +1,5 @@
 """What a machine has left, and the refusal of a run that needs more."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from bbb_ao.errors import ResourceError
+from bbb_ao.outputs import free_space, size
 from bbb_ao.planning.memory import Phase
 from bbb_ao.recipes.stages import Recipe
 
@@ -39,11 +39,8 @@ def read_limits(device: torch.device, output: str | Path | None) -> Limits:
         output: a folder that need not exist yet, or None.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    disk = None
-    if output is not None:
-        path = Path(output).resolve()
-        disk = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
-    return Limits(free, _host_memory(), disk, shutil.disk_usage(tempfile.gettempdir()).free)
+    disk = None if output is None else free_space(output)
+    return Limits(free, _host_memory(), disk, free_space(tempfile.gettempdir()))
 
 
 def _host_memory() -> int | None:
@@ -71,8 +68,8 @@ def _available() -> Iterator[int]:
             yield max(0, int(limit) - current + reclaimable)
 
 
-def check_limits(recipe: Recipe, found: list[Phase], result_bytes: int, limits: Limits, output: str | Path) -> None:
-    """Refuse a run that cannot fit.
+def check_limits(recipe: Recipe, found: list[Phase], limits: Limits) -> None:
+    """Refuse a run that cannot fit into memory, or its caches on their disk.
 
     Raises:
         ResourceError: names what is short, in which phase, by how much, and the keys of the recipe to change.
@@ -91,18 +88,8 @@ def check_limits(recipe: Recipe, found: list[Phase], result_bytes: int, limits: 
     _expect(f"{worst.name}: memory", worst.host_bytes, limits.host, fix)
     disk = max(phase.disk for phase in found)
     _expect(f"{tempfile.gettempdir()}: disk", disk, limits.temporary, "set TMPDIR, or lower sequences")
-    _expect(f"{output}: disk", result_bytes, limits.output, "free space, or choose another --output")
 
 
 def _expect(what: str, needed: int, available: int | None, fix: str) -> None:
     if available is not None and needed > available:
         raise ResourceError(f"{what}: expected {size(needed)} free, got {size(available)}; fix: {fix}")
-
-
-def size(count: float) -> str:
-    """Bytes for people: "3.2 GB", in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

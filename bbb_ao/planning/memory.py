@@ -12,21 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bbb_ao.passes import find_blocks
+from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.job import Job, float32_bytes, tensor_bytes
-from bbb_ao.planning.trace import model_step_bytes, norms_bytes, shortened, step_bytes, trained_bytes
+from bbb_ao.planning.trace import model_step_bytes, norms_bytes, shortened, step_bytes
 from bbb_ao.qat_linear import qat_linears
 from bbb_ao.recipes.blockwise import STREAM_BUDGET, stream_widths
 from bbb_ao.recipes.optimization import stream_dtype
 from bbb_ao.recipes.prepare import reads_activations
 from bbb_ao.recipes.replay import WORTHWHILE
+from bbb_ao.recipes.skeleton import trained_bytes
 from bbb_ao.recipes.stages import Stage
 
-# Of each weight of a block while its plan is verified: copies in float64 of the original, of the rewritten graph and of
-# the rewritten modules, with half of the channels split. Counted on Llama, Phi and Gemma 2 blocks: 44 to 47.
-VERIFICATION_BYTES = 46
-# What a block's trace leaves on the Python heap, measured on a Llama.
-TRACE_BYTES = 14_000_000
 # Sequences written at a time, as `generate_sequences` does.
 GENERATION_BATCH = 64
 # Of each weight of a layer that is packed: its master, scaled, rounded and clamped in float32, and codes.
@@ -84,9 +80,19 @@ def generation(job: Job) -> Phase:
 
 
 def verification(job: Job) -> Phase:
-    """The rewritten block against the original, on the CPU."""
-    size = max(sum(p.numel() for p in block.parameters()) for block in job.blocks)
-    return _phase(job, "verify", {}, models(job) | {"copies": TRACE_BYTES + VERIFICATION_BYTES * size}, 1)
+    """The graph of a block with half of its channels split, beside the original, in float64 on the CPU.
+
+    Of every weight there is a copy; of those of Linears another one, with half as many columns more; of those whose
+    rows are duplicated, half as many rows more; and of the last of these, while it is made, what it is made of, twice.
+    """
+    blocks, most = dict(find_blocks(job.model)), 0
+    for plan in job.prepared.plans:
+        block = blocks[plan.blocks[0]]
+        sizes = {n: block.get_parameter(f"{n}.weight".removeprefix(".")).numel() for n in block_linears(block)}
+        producers = [sizes[name] for site in plan.sites if site.rule == "rows" for name in site.producers]
+        copies = 8 * sum(p.numel() for p in block.parameters()) + 12 * sum(sizes.values())
+        most = max(most, copies + 6 * sum(producers) + 24 * max(producers or sizes.values(), default=0))
+    return _phase(job, "verify", {}, models(job) | {"copies": most}, 1)
 
 
 def activations(job: Job) -> Phase:

@@ -13,7 +13,9 @@ from bbb_ao.packed_linear import PackedLinear, packed_linears
 from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.job import Job
 from bbb_ao.planning.memory import Phase, phases
-from bbb_ao.planning.skeleton import build_skeleton, pack_skeleton, stored_bytes
+from bbb_ao.recipes.disk import disk_use
+from bbb_ao.recipes.run_folder import SAVE_STEPS
+from bbb_ao.recipes.skeleton import build_skeleton, pack_skeleton
 from bbb_ao.recipes.stages import Recipe
 from bbb_ao.splitting import split_ratio
 from bbb_ao.storage import footprint, layer_footprint
@@ -53,7 +55,8 @@ class Plan:
         layers: in the model's order; skipped: (weight or layer, reason) of everything else that holds a matrix.
         bits_per_weight: of the packed layers, everything stored; default_bits_per_weight: what is read at the width at
             which the checkpoint opens.
-        packed_bytes: of the packed layers; checkpoint_bytes: of all tensors of the result.
+        packed_bytes: of the packed layers; checkpoint_bytes: of all tensors of the result; run_bytes: the most that
+            is on its disk at any moment, with the state of the run.
         phases: memory, phase by phase; seconds: of each stage, None where unknown, or None without a probe.
     """
 
@@ -67,6 +70,7 @@ class Plan:
     default_bits_per_weight: float
     packed_bytes: int
     checkpoint_bytes: int
+    run_bytes: int
     phases: tuple[Phase, ...]
     stages: tuple[str, ...]
     seconds: tuple[float | None, ...] | None = None
@@ -109,6 +113,7 @@ def make_plan(directory: str | Path, recipe: Recipe, device: torch.device, probe
         from bbb_ao.planning.probe import stage_seconds
 
         seconds = tuple(stage_seconds(job))
+    disk = disk_use(model, job.student, recipe, SAVE_STEPS)
     packed = pack_skeleton(copy.deepcopy(job.student), model, recipe)
     default = footprint(packed, recipe.default_bits)
     total = footprint(packed)
@@ -122,7 +127,8 @@ def make_plan(directory: str | Path, recipe: Recipe, device: torch.device, probe
         bits_per_weight=total.bits_per_weight,
         default_bits_per_weight=default.bits_per_weight,
         packed_bytes=total.bytes,
-        checkpoint_bytes=stored_bytes(packed),
+        checkpoint_bytes=disk.result,
+        run_bytes=disk.run,
         phases=tuple(found),
         stages=tuple(stage.name for stage in recipe.stages),
         seconds=seconds,

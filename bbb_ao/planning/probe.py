@@ -19,10 +19,11 @@ from torch import Tensor
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.planning.job import Job
-from bbb_ao.planning.trace import materialize, materialize_call, step_loss, training
+from bbb_ao.planning.trace import materialize, materialize_call, step_loss
 from bbb_ao.recipes.blockwise import stream_widths
 from bbb_ao.recipes.optimization import Bounds, CopiesRate, autocast, make_optimizer, update
 from bbb_ao.recipes.replay import WARM_UP, WORTHWHILE, Recorded
+from bbb_ao.recipes.skeleton import training
 from bbb_ao.recipes.stages import Stage
 
 # Floating-point operations of a step on a CPU beyond which one sequence stands for the batch, or nothing is timed.

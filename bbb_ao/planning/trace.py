@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map_only
 
 from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.live_bytes import peak_bytes
-from bbb_ao.planning.skeleton import Answered
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.distill import masks_given, stage_loss
-from bbb_ao.recipes.optimization import autocast, codes_kept, trainable_groups
+from bbb_ao.recipes.optimization import autocast, stream_dtype
 from bbb_ao.recipes.prepare import squares_of
+from bbb_ao.recipes.skeleton import Answered, training
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall
 
@@ -77,20 +77,6 @@ def step_loss(
     return total
 
 
-@contextmanager
-def training(block: nn.Module, stage: Stage, recipe: Recipe) -> Iterator[list[dict]]:
-    """A prepared block as a stage trains it: its parameter groups, with codes kept where the stage keeps some."""
-    # Kept bits as from a stage before that kept them: the master stays, and no twin is read.
-    with codes_kept(block, stage, stage, block):
-        yield trainable_groups(block, stage, recipe.train_norms)
-
-
-def trained_bytes(block: nn.Module, stage: Stage, recipe: Recipe) -> int:
-    """Of the parameters that a stage trains, float32."""
-    with training(copy.deepcopy(block), stage, recipe) as groups:
-        return sum(4 * parameter.numel() for group in groups for parameter in group["params"])
-
-
 def step_bytes(
     block: nn.Module,
     teacher: nn.Module,
@@ -131,15 +117,20 @@ def norms_bytes(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], 
     """
     with without_values(), torch.no_grad():
         working, call = materialize(block, device).eval(), materialize_call(call, device)
-        for name in block_linears(working):
+        # Of the block itself: a weight without values is no plain parameter.
+        for name in block_linears(block):
             working.get_submodule(name).register_forward_pre_hook(_square)
-        hidden = torch.empty(shape, device=device)
+        states = torch.empty(shape, dtype=stream_dtype(device))
 
-        def run() -> Tensor:
-            with autocast(device):
-                return call(working, hidden).float()
+        def run() -> Any:
+            output = None
+            # The last output is there until the next one is.
+            for _ in range(2):
+                with autocast(device):
+                    output = call(working, states.to(device).float()).float()
+            return output
 
-        return peak_bytes(run, [_tensors(working), call.args, call.kwargs, hidden])
+        return peak_bytes(run, [_tensors(working), call.args, call.kwargs, states])
 
 
 def _square(linear: nn.Module, args: tuple[Any, ...]) -> None:

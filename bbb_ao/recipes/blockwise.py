@@ -124,7 +124,8 @@ def train_block_stage(
     Returns:
         one Fit for each block that was trained.
     """
-    inputs = stream_widths(stage, higher, run.recipe)
+    recipe, memory = run.recipe, run.memory
+    inputs = stream_widths(stage, higher, recipe)
     chosen = stage_rows(stage, run.generated, len(run.sequences))
     teachers = Teachers(run)
     streams = dict.fromkeys(inputs, run.entry)
@@ -137,17 +138,7 @@ def train_block_stage(
             with codes_kept(student, stage, higher, run.teacher_blocks[number]):
                 where, count = f"{name}: {stage.name}", len(chosen)
                 result = fit(
-                    student,
-                    stage,
-                    run.recipe,
-                    count,
-                    loss_of,
-                    seed + number,
-                    where,
-                    on_step,
-                    load,
-                    run.memory,
-                    saving(number),
+                    student, stage, recipe, count, loss_of, seed + number, where, on_step, load, memory, saving(number)
                 )
             fits.append(result)
             # They hold the streams that are replaced below.

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from bbb_ao.outputs import check_output_directory, check_space
 from bbb_ao.packed_head import find_head, pack_head
 from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
+from bbb_ao.recipes.disk import disk_use
 from bbb_ao.recipes.distill import train_model_stage
 from bbb_ao.recipes.generation import GENERATED_AT_ONCE, generate_sequences
 from bbb_ao.recipes.identity import check_hashes, check_recipe, hash_inputs
@@ -31,6 +32,7 @@ from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.prepare import Prepared, prepare_student
 from bbb_ao.recipes.run_folder import RunFolder
 from bbb_ao.recipes.sequences import check_sequences, read_sequences
+from bbb_ao.recipes.skeleton import build_skeleton, prepare_skeleton
 from bbb_ao.recipes.stages import Recipe
 from bbb_ao.recipes.statistics import layer_errors
 from bbb_ao.storage import footprint
@@ -312,40 +314,31 @@ def compress(
         RecipeError, ModelError, DataError, ResourceError, NumericsError: one line each, before anything is written.
         ResumeError: the run began with another recipe, model or data.
     """
+    from bbb_ao.recipes.loader import dump_recipe, load_recipe
+
     if not isinstance(recipe, Recipe):
-        from bbb_ao.recipes.loader import load_recipe
-
         recipe = load_recipe(recipe)
-    from bbb_ao.recipes.loader import dump_recipe
-
+    directory = model_or_path if isinstance(model_or_path, str | Path) else None
     # Before training, so that what cannot be written is refused now.
     resolved = dump_recipe(recipe)
-    if not (run and run.is_done(resolved)):
-        check_output_directory(output_dir, model_or_path if isinstance(model_or_path, str | Path) else None)
+    done = run is not None and run.is_done(resolved)
+    if not done:
+        check_output_directory(output_dir, directory)
     if not isinstance(data, Tensor):
         from bbb_ao.recipes.data import resolve_sources
 
         resolve_sources(data)
     changed = check_recipe(run.record, recipe, run.amend) if run else set()
-    hashes = hash_inputs(model_or_path, data) if run else {}
-    if run:
-        check_hashes(run.record, hashes)
-    model, tokenizer = _load(model_or_path, tokenizer)
-    if isinstance(model_or_path, str | Path):
-        check_space(output_dir, Path(model_or_path), max(recipe.stages[-1].widths))
-    sequences = read_sequences(data, tokenizer, recipe, model)
+    room = None if done or directory is None else output_dir
+    model, tokenizer, sequences, hashes = _open(model_or_path, tokenizer, data, recipe, run, room)
     keeper = Keeper(run, recipe, hashes, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
     device, report = device or choose_device(), report or Silent()
-    facts = {
-        "command": command,
-        "model": str(model_or_path) if isinstance(model_or_path, str | Path) else type(model).__name__,
-        "recipe": resolved,
-    }
+    facts = {"command": command, "model": str(directory or type(model).__name__), "recipe": resolved}
     result = train(model, sequences, recipe, device, report, keeper=keeper, facts=facts)
     start = time.perf_counter()
     result.model = pack(result.model, model, recipe)
     result.bits_per_weight = footprint(result.model).bits_per_weight
-    if not (run and run.is_done(resolved)):
+    if not done:
         save_packed(result.model, tokenizer, output_dir, recipe.default_bits, resolved)
     report.event("saved", bits_per_weight=result.bits_per_weight, **_cost(start, device))
     if run:
@@ -359,17 +352,36 @@ def _save_stage(
     """Save the checkpoint of a stage, as if it had been the last one; the student is not changed."""
     from bbb_ao.recipes.loader import dump_recipe
 
-    stage = recipe.stages[number]
-    until = replace(recipe, stages=recipe.stages[: number + 1], default_bits=stage.narrowest)
+    until = recipe.until(number)
     # A copy but for the masters, which would fill the memory a second time.
     shared = {id(tensor): tensor for linear in qat_linears(student).values() for tensor in linear.parameters()}
     packed = pack(copy.deepcopy(student, shared), model, until)
     save_packed(packed, tokenizer, folder, until.default_bits, dump_recipe(until))
 
 
-def _load(model_or_path: Any, tokenizer: Any) -> tuple[Any, Any]:
-    if not isinstance(model_or_path, str | Path):
-        check_weights(model_or_path)
-        return model_or_path, tokenizer
-    check_model_directory(model_or_path)
-    return load_model(model_or_path), tokenizer or load_tokenizer(model_or_path)
+def _open(
+    model_or_path: Any, tokenizer: Any, data: Any, recipe: Recipe, run: RunFolder | None, room: str | Path | None
+) -> tuple[Any, Any, Tensor, dict[str, str]]:
+    """What a run reads: (model, tokenizer, calibration ids, hashes of what a run with a state is of).
+
+    A directory's weights come last, since a large model's take minutes.
+
+    Args:
+        room: a path on the disk that must have room for what the run writes; None is not looked at.
+    """
+    directory = model_or_path if isinstance(model_or_path, str | Path) else None
+    model: Any = model_or_path
+    if directory is None:
+        check_weights(model)
+    else:
+        check_model_directory(directory)
+        model, tokenizer = build_skeleton(directory), tokenizer or load_tokenizer(directory)
+    sequences = read_sequences(data, tokenizer, recipe, model)
+    if room is not None:
+        student, _ = prepare_skeleton(model, recipe)
+        needed = disk_use(model, student, recipe, run.save_steps if run else None).run
+        check_space(room, needed, run.bytes if run else 0)
+    hashes = hash_inputs(model_or_path, data) if run else {}
+    if run:
+        check_hashes(run.record, hashes)
+    return model if directory is None else load_model(directory), tokenizer, sequences, hashes

@@ -1,7 +1,7 @@
 """What block-wise and end-to-end stages share: parameters, optimizer, schedule, autocast and the training loop."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -186,6 +186,13 @@ class Fit:
     steps: int
     how: str
 
+    @classmethod
+    def of(cls, losses: list[Tensor], how: str) -> "Fit":
+        """From the losses of all steps, scalars on the device."""
+        values = torch.stack(losses).float().cpu()
+        tenth = max(1, len(losses) // 10)
+        return cls(values[:tenth].mean().item(), values[-tenth:].mean().item(), len(losses), how)
+
 
 def make_optimizer(groups: list[dict]) -> torch.optim.AdamW:
     """AdamW without weight decay over groups with their `peak` learning rates, in one pass over memory.
@@ -252,6 +259,49 @@ def stage_rows(stage: Stage, generated: int, total: int) -> Tensor:
     return torch.arange(first, total - generated if stage.text == "calibration" else total)
 
 
+class Steps:
+    """The steps of a loop: each in micro-batches that memory has room for, and recorded where that pays (`replay`).
+
+    Args:
+        update: (micro-batch, loss_of, tensors of a batch) -> the loss before the step.
+        count: of steps.
+        load: what `loss_of` reads for a batch of sequence numbers, each [batch, ...]; on a GPU such a step is recorded.
+            None: the numbers themselves.
+        loss_of, memory, where: as in `fit`.
+    """
+
+    def __init__(
+        self,
+        update: Callable[..., Tensor],
+        count: int,
+        loss_of: Callable[..., Tensor],
+        load: Callable[[Tensor], tuple[Tensor, ...]] | None,
+        memory: Memory,
+        where: str,
+    ) -> None:
+        self.update, self.count, self.loss_of, self.load = update, count, loss_of, load
+        self.memory, self.where = memory, where
+        self.recorded: Recorded | None = None
+        self.reliefs = 0
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """One step on the sequences of these numbers; the mean loss before it, a scalar on the device."""
+        return self.memory.retry(partial(self._attempt, rows=rows), len(rows), self.where)
+
+    def _attempt(self, micro_batch: int, rows: Tensor) -> Tensor:
+        # What is recorded has the micro-batch for which memory did not suffice.
+        if self.recorded is None or self.reliefs != self.memory.reliefs:
+            self.reliefs = self.memory.reliefs
+            self.recorded = Recorded(partial(self.update, micro_batch, self.loss_of), self.count)
+        return self.recorded(*((rows,) if self.load is None else self.load(rows)))
+
+    def warm_up(self, batches: Iterable[Tensor]) -> None:
+        """Run a loop's first steps again, for nothing, where it goes on: replays then begin at the step at which they
+        would have begun. A graph may round differently."""
+        for rows in islice(batches, WARM_UP):
+            self(rows)
+
+
 def fit(
     module: nn.Module,
     stage: Stage,
@@ -273,8 +323,7 @@ def fit(
         seed: of the order of the sequences.
         where: names the module and the stage in errors.
         on_step: called with (step, steps, loss) after every step; `loss()` reads the last loss back from the device.
-        load: what `loss_of` reads for a batch of sequence numbers, each [batch, ...]; on a GPU such a step is recorded
-            (see `replay`). None: the sequence numbers themselves.
+        load: see `Steps`.
         memory: sets the micro-batch where memory runs out; None starts with the recipe's.
         saving: where to take the loop up and to save it; None does neither. The result is the same, bit for bit.
     Raises:
@@ -282,34 +331,21 @@ def fit(
             `check_losses`); the message names `where` and the step (from 1).
         ResourceError: memory does not suffice for one sequence.
     """
-    groups = trainable_groups(module, stage, recipe.train_norms)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = make_optimizer(groups)
-    steps = stage_steps(stage, count)
+    steps, optimizer = stage_steps(stage, count), make_optimizer(trainable_groups(module, stage, recipe.train_norms))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     copies, bounds = CopiesRate(module, recipe.copies_lr_factor), Bounds(module)
-    memory = memory or Memory(recipe.micro_batch)
     state = LoopState(parameters, optimizer, TailAverage(parameters, recipe.average, steps))
     saved = saving.load() if saving else None
     done = 0 if saved is None else state.restore(saved)
-    recorded, reliefs = None, 0
-
-    def attempt(size: int, rows: Tensor) -> Tensor:
-        nonlocal recorded, reliefs
-        if recorded is None or reliefs != memory.reliefs:
-            reliefs = memory.reliefs
-            recorded = Recorded(partial(update, optimizer, copies, bounds, recipe.gradient_clip, size, loss_of), steps)
-        return recorded(*((rows,) if load is None else load(rows)))
-
+    one = partial(update, optimizer, copies, bounds, recipe.gradient_clip)
+    train_on = Steps(one, steps, loss_of, load, memory or Memory(recipe.micro_batch), where)
+    order = partial(batches, count, stage.batch_size, steps, seed)
     if saved is not None and parameters[0].is_cuda:
-        # The steps before the first replay run again, for nothing, so that replays begin at the step at which they
-        # would have begun: a graph may round differently.
-        for rows in islice(batches(count, stage.batch_size, steps, seed), min(done, WARM_UP)):
-            memory.retry(partial(attempt, rows=rows), len(rows), where)
+        train_on.warm_up(islice(order(), done))
         state.restore(saved)
-
-    for step, rows in islice(enumerate(batches(count, stage.batch_size, steps, seed)), done, None):
+    for step, rows in islice(enumerate(order()), done, None):
         set_learning_rates(optimizer, learning_rate_factor(step, steps, recipe.warmup))
-        state.losses.append(memory.retry(partial(attempt, rows=rows), len(rows), where))
+        state.losses.append(train_on(rows))
         state.average.after(step)
         due = saving is not None and (step + 1) % saving.steps == 0 and step + 1 < steps
         # Reading the losses waits for the device, so divergence is looked for now and then.
@@ -325,10 +361,7 @@ def fit(
     # Gradients of finished blocks would fill the memory.
     optimizer.zero_grad(set_to_none=True)
     _check_parameters(parameters, steps - 1, where)
-    values = torch.stack(state.losses).float().cpu()
-    tenth = max(1, steps // 10)
-    how = recorded.how if recorded else "eager: not called"
-    return Fit(values[:tenth].mean().item(), values[-tenth:].mean().item(), steps, how)
+    return Fit.of(state.losses, train_on.recorded.how if train_on.recorded else "eager: not called")
 
 
 def check_losses(losses: list[Tensor], where: str) -> None:

@@ -23,6 +23,7 @@ from bbb_ao.errors import ModelError, RecipeError, ResourceError, ResumeError
 from bbb_ao.manifest import MANIFEST, FileRecord, check_manifest, file_digest, manifest_text, read_manifest
 
 FORMAT_VERSION = 1
+SAVE_STEPS = 200
 LOCK = "lock"
 AFRESH = "or begin afresh with --restart"
 
@@ -50,7 +51,7 @@ class RunFolder:
         self,
         output: str | Path,
         *,
-        save_steps: int = 200,
+        save_steps: int = SAVE_STEPS,
         restart: bool = False,
         amend: bool = False,
         keep_stages: bool = False,
@@ -100,6 +101,11 @@ class RunFolder:
         block = f", block {record['block'] + 1}" if record["block"] else ""
         step = f", step {record['loop']['step']}" if record["loop"] else ""
         return f"stage {record['stage'] + 1}/{len(names)} {names[record['stage']]}{block}{step}"
+
+    @property
+    def bytes(self) -> int:
+        """What lies in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def path(self, name: str) -> Path:
         return self.folder / name

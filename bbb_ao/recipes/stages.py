@@ -7,7 +7,7 @@ last one's weights with a fresh optimizer and learning-rate schedule (design.md,
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -300,6 +300,11 @@ class Recipe:
         _expect(valid, "default_bits", f"{expected}, as the last stage trains", self.default_bits, f"use {low}")
         valid = self.head_bits is None or _is_bits(self.head_bits)
         _expect(valid, "head_bits", "a whole number from 2 to 8, or null", self.head_bits, "use null, 8 or 4")
+
+    def until(self, number: int) -> "Recipe":
+        """The recipe as if its stage `number`, from 0, were the last one."""
+        stages = self.stages[: number + 1]
+        return replace(self, stages=stages, default_bits=stages[-1].narrowest)
 
     def select(self, layers: Iterable[str]) -> tuple[str, ...]:
         """The layers to quantize, in the order given.

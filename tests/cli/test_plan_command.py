@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from bbb_ao.planning import limits
 
 SMALL = ("--set", "sequences=4", "sequence_length=32", "split.ratio_max=0.9")
@@ -21,6 +19,7 @@ def test_plan_needs_the_configuration_alone(run, model: Path) -> None:
     assert "left as it is: model.layers.0.self_attn.q_proj: left out by the recipe's targets or skip" in lines
     assert any(line.startswith("stage 3 w2a16: host") and "streams" in line for line in lines)
     assert any(line.startswith("result: ") and "bits per weight" in line for line in lines)
+    assert any(line.startswith("disk: ") and line.endswith(" free, with the state of the run") for line in lines)
     assert not any("training" in line for line in lines)
 
 
@@ -41,15 +40,12 @@ def test_plan_refuses_as_train_does(refused, model: Path) -> None:
     assert "config.json" in refused(3, "plan", model, "--recipe", "smoke")
 
 
-@pytest.mark.parametrize("short", ["host", "output"])
-def test_train_refuses_what_cannot_fit(
-    short: str, refused, model: Path, data: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_train_refuses_what_cannot_fit(refused, model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
     def loaded(*arguments: object) -> None:
         raise AssertionError("weights were loaded")
 
     enough = {"device": None, "host": 2**40, "output": 2**40, "temporary": 2**40}
-    monkeypatch.setattr("bbb_ao.planning.read_limits", lambda *_: limits.Limits(**{**enough, short: 1000}))
+    monkeypatch.setattr("bbb_ao.planning.read_limits", lambda *_: limits.Limits(**{**enough, "host": 1000}))
     monkeypatch.setattr("bbb_ao.recipes.compress.load_model", loaded)
     files = ("--data", data, "--recipe", "smoke", "--output", tmp_path / "out")
     message = refused(5, "train", model, *files, *SMALL)

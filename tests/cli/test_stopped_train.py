@@ -83,6 +83,10 @@ def test_what_changed_is_refused_by_name(run, command, model, data, tmp_path, mo
     changed = run(*command)
     assert (changed.code, "model: model.safetensors: content: expected sha256" in changed.err) == (7, True), changed
     save_file(state, model / "model.safetensors", {"format": "pt"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    assert "expected an empty or missing directory" in run(*command).err
+    (tmp_path / "out" / "thesis.tex").unlink()
     assert listing() == before
     assert run(*command).code == 0
 

@@ -7,7 +7,7 @@ import torch
 
 from bbb_ao.errors import ResourceError
 from bbb_ao.planning import limits
-from bbb_ao.planning.limits import Limits, check_limits, read_limits, size
+from bbb_ao.planning.limits import Limits, check_limits, read_limits
 from bbb_ao.planning.memory import Phase
 
 FOUND = [
@@ -18,8 +18,8 @@ ENOUGH = Limits(device=900, host=900, output=50, temporary=70)
 
 
 def test_what_just_fits_passes(make_recipe) -> None:
-    check_limits(make_recipe(), FOUND, 50, ENOUGH, "out")
-    check_limits(make_recipe(), FOUND, 50, Limits(None, None, None, None), "out")
+    check_limits(make_recipe(), FOUND, ENOUGH)
+    check_limits(make_recipe(), FOUND, Limits(None, None, None, None))
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,13 @@ def test_what_just_fits_passes(make_recipe) -> None:
     [
         ("device", "stage 1 w2a16: GPU memory: expected 900 B free, got 899 B", "micro_batch"),
         ("host", "stage 1 w2a16: memory: expected 900 B free, got 899 B", "cache=disk"),
-        ("output", "out: disk: expected 50 B free, got 49 B", "--output"),
         ("temporary", "disk: expected 70 B free, got 69 B", "TMPDIR"),
     ],
 )
 def test_each_shortage_is_refused(field: str, start: str, fix: str, make_recipe) -> None:
     short = Limits(**{**vars(ENOUGH), field: getattr(ENOUGH, field) - 1})
     with pytest.raises(ResourceError) as error:
-        check_limits(make_recipe(), FOUND, 50, short, "out")
+        check_limits(make_recipe(), FOUND, short)
     message, _, advice = str(error.value).partition("; fix: ")
     assert start in message
     assert fix in advice
@@ -44,7 +43,7 @@ def test_each_shortage_is_refused(field: str, start: str, fix: str, make_recipe)
 def test_advice_names_a_key_that_can_still_be_lowered(make_recipe) -> None:
     short = Limits(device=1, host=None, output=None, temporary=None)
     with pytest.raises(ResourceError, match="fix: lower sequence_length"):
-        check_limits(make_recipe(micro_batch=1), FOUND, 50, short, "out")
+        check_limits(make_recipe(micro_batch=1), FOUND, short)
 
 
 def test_container_limits_count(tmp_path: Path, monkeypatch) -> None:
@@ -66,7 +65,3 @@ def test_disk_is_that_of_the_nearest_folder(tmp_path: Path) -> None:
     assert found.output is not None
     assert found.output > 0
     assert not (tmp_path / "not").exists()
-
-
-def test_sizes_for_people() -> None:
-    assert [size(n) for n in (0, 999, 1000, 1_234_567, 10**13)] == ["0 B", "999 B", "1.0 kB", "1.2 MB", "10.00 TB"]

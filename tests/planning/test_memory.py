@@ -1,20 +1,24 @@
 """Terms of the memory's sum against what the training engine really holds."""
 
+import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from bbb_ao.passes import find_blocks
+from bbb_ao.passes import capture_model, find_blocks, verified_plan
 from bbb_ao.planning import memory
 from bbb_ao.planning.job import Job
-from bbb_ao.planning.live_bytes import peak_bytes
-from bbb_ao.planning.skeleton import build_skeleton
-from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss, trained_bytes, training
+from bbb_ao.planning.live_bytes import LiveBytes, peak_bytes
+from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss
 from bbb_ao.recipes import blockwise
 from bbb_ao.recipes.compress import train
 from bbb_ao.recipes.optimization import TailAverage, make_optimizer
+from bbb_ao.recipes.prepare import activation_norms
+from bbb_ao.recipes.skeleton import build_skeleton, trained_bytes, training
 from bbb_ao.recipes.stages import Split, Stage
 from bbb_ao.recipes.streams import Stream
 
@@ -66,6 +70,43 @@ def test_traced_step_holds_what_a_real_one_does(stage: Stage, lookahead: int, ma
     assert found == pytest.approx(traced, rel=0.02)
 
 
+def test_norms_hold_what_a_real_pass_does(make_directory, make_model, make_recipe) -> None:
+    recipe = make_recipe(sequence_length=128)
+    job = Job.prepare(build_skeleton(make_directory("llama")), recipe, CPU)
+    model = make_model("llama")
+    run = blockwise.BlockRun(model, torch.randint(100, (recipe.sequences, recipe.sequence_length)), recipe, CPU)
+    plans = {name: plan for plan in job.prepared.plans for name in plan.blocks}
+    known = [list(model.parameters()), list(model.buffers()), run.entry.states, [vars(call) for call in run.calls]]
+    with LiveBytes(known) as live:
+        activation_norms(run, plans)
+    terms = memory.activations(job).host
+    assert live.peak == pytest.approx(
+        terms["teacher"] + terms["forward"] + terms["streams"] - run.entry.bytes, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_verification_holds_what_is_counted_and_leaves_nothing(
+    kind: str, make_directory, make_recipe, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(make_directory(kind))
+    # Activations, which are not counted, are small beside weights of this size.
+    config.hidden_size, config.intermediate_size = 512, 1024
+    config.save_pretrained(tmp_path)
+    job = Job.prepare(build_skeleton(tmp_path), make_recipe(), CPU)
+    model = materialize(job.model, CPU, lambda tensor: tensor.normal_(0, 0.1)).float()
+    captured, *_ = capture_model(model)
+    gc.disable()
+    try:
+        with LiveBytes([[*model.parameters(), *model.buffers()]]) as live:
+            verified_plan(captured)
+        left = live.now
+    finally:
+        gc.enable()
+    assert memory.verification(job).host["copies"] == pytest.approx(live.peak, rel=0.05)
+    assert left < live.peak / 100
+
+
 def test_optimizer_counts_its_states(make_directory, make_recipe) -> None:
     for stage, average in ((Stage(weight_bits=2), 0.0), (Stage(weight_bits=2, train="scales"), 0.5)):
         recipe = make_recipe(stages=(stage,), average=average)
@@ -91,8 +132,6 @@ def test_optimizer_counts_its_states(make_directory, make_recipe) -> None:
 def test_live_streams_are_those_of_a_run(
     blocks: int, kept: bool, lookahead: int, make_directory, make_recipe, monkeypatch
 ) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     budget = 2**30 if kept else 0
     monkeypatch.setattr(blockwise, "STREAM_BUDGET", budget)
     monkeypatch.setattr(memory, "STREAM_BUDGET", budget)

@@ -7,7 +7,7 @@ import torch
 
 from bbb_ao.planning import probe
 from bbb_ao.planning.job import Job
-from bbb_ao.planning.skeleton import build_skeleton
+from bbb_ao.recipes.skeleton import build_skeleton
 from bbb_ao.recipes.stages import Stage
 
 

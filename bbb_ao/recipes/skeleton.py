@@ -4,6 +4,8 @@ The code is that of training, `prepare_student`, so that layers, indices and ski
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from bbb_ao.packed_head import find_head
 from bbb_ao.packed_linear import PackedLinear
 from bbb_ao.qat_linear import QATLinear, become, qat_linears
 from bbb_ao.recipes.loading import LOADING_ERRORS, refused_by_transformers
+from bbb_ao.recipes.optimization import codes_kept, trainable_groups
 from bbb_ao.recipes.prepare import Prepared, prepare_student, recipe_grid
-from bbb_ao.recipes.stages import Recipe
+from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.safetensors_header import read_header
 from bbb_ao.splitting import choose_index
 
@@ -82,6 +85,20 @@ def prepare_skeleton(model: nn.Module, recipe: Recipe) -> tuple[Any, Prepared]:
     with torch.device("meta"), Answered():
         prepared = prepare_student(student, recipe, None)
     return student, prepared
+
+
+@contextmanager
+def training(block: nn.Module, stage: Stage, recipe: Recipe) -> Iterator[list[dict]]:
+    """A prepared block as a stage trains it: its parameter groups, with codes kept where the stage keeps some."""
+    # Kept bits as from a stage before that kept them: the master stays, and no twin is read.
+    with codes_kept(block, stage, stage, block):
+        yield trainable_groups(block, stage, recipe.train_norms)
+
+
+def trained_bytes(block: nn.Module, stage: Stage, recipe: Recipe) -> int:
+    """Of the parameters that a stage trains, float32."""
+    with training(copy.deepcopy(block), stage, recipe) as groups:
+        return sum(4 * parameter.numel() for group in groups for parameter in group["params"])
 
 
 def pack_skeleton(student: Any, model: nn.Module, recipe: Recipe) -> Any:
