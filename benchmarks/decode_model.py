@@ -48,7 +48,7 @@ def llama_3_8b(layers: int = 32) -> LlamaConfig:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attention over a static cache: the flash kernel for a prompt, plain sums for one token, which Inductor fuses.
+    """Attention over a static cache: the flash kernel for a prompt, batched products for one token.
 
     Args:
         query: [batch, heads, tokens, head_dim]; key, value: [batch, key-value heads, length, head_dim].
@@ -61,11 +61,10 @@ def attention(
         prompt = (query, key[:, :, :tokens], value[:, :, :tokens])
         y = F.scaled_dot_product_attention(*prompt, is_causal=True, scale=settings["scaling"], enable_gqa=True)
         return y.transpose(1, 2), None
-    grouped = query.view(batch, key.shape[1], -1, 1, size).float() * settings["scaling"]
-    scores = (grouped * key.unsqueeze(2)).sum(-1)
-    shares = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1)
-    y = (shares.unsqueeze(-1) * value.unsqueeze(2)).sum(-2)
-    return y.to(query.dtype).view(batch, 1, heads, size), None
+    # Heads that share keys and values are the rows of a product.
+    scores = query.view(batch, key.shape[1], -1, size) @ key.transpose(-1, -2)
+    scores = (scores.float() * settings["scaling"]).masked_fill(~attention_mask, float("-inf"))
+    return (scores.softmax(-1).to(value.dtype) @ value).view(batch, 1, heads, size), None
 
 
 AttentionInterface.register(ATTENTION, attention)
