@@ -12,8 +12,9 @@ Greedy, 256 prompt tokens and 256 new ones, static cache. The prompt's pass (eag
     bits_per_weight      of the packed layers, scales and zero points counted
 
 `--inductor-pdl` lets kernels that Inductor writes start before those before them end (programmatic dependent launch),
-for every implementation; ours do so anyway, but with BBB_AO_PDL=off. `--profile` also prints the kernels of one step by
-their time. Models are built on the GPU in seconds.
+for every implementation; ours do so anyway, but with BBB_AO_PDL=off. `--inductor-combo` lets it write kernels that do
+not depend on each other as one (queries turned, keys and values stored: one launch instead of three). `--profile` also
+prints the kernels of one step by their time. Models are built on the GPU in seconds.
 """
 
 import argparse
@@ -150,16 +151,19 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inductor-pdl", action="store_true")
+    parser.add_argument("--inductor-combo", action="store_true")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("decode: expected an NVIDIA GPU, found none", file=sys.stderr)
         return 5
     torch._inductor.config.triton.enable_pdl = arguments.inductor_pdl
+    torch._inductor.config.combo_kernels = arguments.inductor_combo
     rows: list[dict[str, object]] = []
     where = environment(arguments.seed)
     settings = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "layers": arguments.layers, "runs": arguments.runs}
-    settings |= {"inductor_pdl": arguments.inductor_pdl, "own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
+    settings |= {"inductor_pdl": arguments.inductor_pdl, "inductor_combo": arguments.inductor_combo}
+    settings |= {"own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
     for impl in arguments.impl:
         start = time.perf_counter()
         model, size = build_measured(impl, arguments.layers, arguments.seed)
