@@ -54,7 +54,7 @@ def test_compiled_decoder_has_three_graphs_whatever_the_number_of_blocks() -> No
         return aot_eager(gm, inputs)
 
     torch._dynamo.reset()
-    for name in ("start", "block", "tail"):
+    for name in ("start", "blocks", "tail"):
         compiled = torch.compile(getattr(decoder, name), fullgraph=True, dynamic=False, backend=backend)
         setattr(decoder, name, compiled)
     assert torch.equal(decode(decoder), expected)

@@ -13,6 +13,7 @@ from bbb_ao.kernels.fake_quantize.row_kernel import gathered_rows_kernel
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel
+from bbb_ao.kernels.packed_norm.decode import normed_decode_kernel
 
 CODES = {"ZB": 4, "H": 0.5, "EXPONENTS": False, "BIASED": True, "PDL": True}
 
@@ -34,9 +35,27 @@ def decode_signature(dtype: str) -> dict[str, str]:
     return signature | {"exponent_ptr": "*i32", "index_ptr": "*i32", "in_features": "i32", "N": "i32", "fresh": "i32"}
 
 
+def decode_constants(bits: int) -> dict[str, object]:
+    shape = {"NB": 16, "M": 1, "TILES": 1, "WARPS": 4}
+    return {**CODES, **shape, "R": bits, "MASK": 2**bits - 1, "INDEXED": False}
+
+
 def decode(dtype: str, bits: int) -> str:
-    constants = {**CODES, "NB": 16, "R": bits, "MASK": 2**bits - 1, "M": 1, "INDEXED": False, "TILES": 1, "WARPS": 4}
-    return ptx(decode_kernel, decode_signature(dtype), constants, 4)
+    return ptx(decode_kernel, decode_signature(dtype), decode_constants(bits), 4)
+
+
+def residual(dtype: str, bits: int) -> str:
+    return _normed(dtype, bits, SQUARES=0, RESIDUAL=True)
+
+
+def normed(dtype: str, bits: int) -> str:
+    return _normed(dtype, bits, SQUARES=128, RESIDUAL=False)
+
+
+def _normed(dtype: str, bits: int, **flags: object) -> str:
+    signature = decode_signature(dtype) | {"eps": "fp32", "in_squares_ptr": "*fp32", "squares_ptr": "*fp32"}
+    signature |= dict.fromkeys(("residual_ptr", "norm_weight_ptr", "weighted_ptr"), f"*{dtype}")
+    return ptx(normed_decode_kernel, signature, {**decode_constants(bits), **flags}, 4)
 
 
 def dynamic(dtype: str, bits: int) -> str:
@@ -82,5 +101,5 @@ def rows(dtype: str, bits: int) -> str:
 
 if __name__ == "__main__":
     for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2)):
-        for build in (decode, dynamic, matmul, rows):
+        for build in (decode, residual, normed, dynamic, matmul, rows):
             (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))

@@ -15,6 +15,8 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 DECODE = {"planes": (1, 2, 3), "others": (4, 6, 7)}
 CONSTANTS = {
     "decode": DECODE,
+    "residual": DECODE,
+    "normed": DECODE,
     "dynamic": DECODE,
     "matmul": {"planes": (5, 10, 15), "others": (20, 22)},
     "rows": {"planes": (), "others": (1,)},
@@ -92,7 +94,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_every_kernel_and_width_compiles(ptx: dict[str, str]) -> None:
     assert set(ptx) == {
         f"{kind}_{dtype}_{bits}"
-        for kind in ("decode", "dynamic", "matmul", "rows")
+        for kind in CONSTANTS
         for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2))
     }
 
@@ -104,13 +106,21 @@ def test_nothing_lies_in_local_memory(ptx: dict[str, str]) -> None:
 
 def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
-        if name.startswith("decode"):
+        if name.startswith(("decode", "residual", "normed")):
             # One block of each lane's columns: 16 products for a tile of 16 rows and a warp's 512 columns, twice over.
             products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16", text))
             assert products == 32, (name, products)
             planes = {"2": 1, "4": 2, "8": 4}[name[-1]]
             wide = len(re.findall(r"ld\.global\.v4\.b32", text))
             assert wide >= 4 * planes, (name, wide)
+
+
+def test_what_follows_the_products_waits_for_no_memory(ptx: dict[str, str]) -> None:
+    for name, text in ptx.items():
+        if name.startswith(("residual", "normed")):
+            assert "ld.global" not in text[text.rindex("mma.sync") :], name
+            # The norm of a row is summed within each warp: the only exchange between warps is that of the products.
+            assert text.count("bar.sync") == 1, name
 
 
 def test_quantized_activations_multiply_as_integers(ptx: dict[str, str]) -> None:
@@ -144,7 +154,7 @@ def test_only_constants_are_read_before_the_launches_before_are_complete(ptx: di
         # The first tile of each plane that is read, its scales and zero offsets, or the index are under way by then.
         read = set().union(*(parameters for _, parameters in found))
         stored = {"2": 1, "4": 2, "8": 3}[bits]
-        expected = {*planes[:stored], *others} - ({7} if kind in ("decode", "dynamic") else set())
+        expected = {*planes[:stored], *others} - ({7} if CONSTANTS[kind] is DECODE else set())
         assert read == expected, (name, read)
 
 

@@ -15,6 +15,7 @@ bits, contiguous planes, scales and zero offsets, planes at an address that 16 d
 # Triton types a launch as a call of the Python function.
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +90,7 @@ def multiply(
 ) -> Tensor:
     """`packed_linear_cuda` on operands that were checked."""
     high = planes[0]
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
+    rows = aligned_rows(x)
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
     fits = fits_kernels(x.dtype, planes, scales, settings, capability)
@@ -101,6 +101,28 @@ def multiply(
     if kernel == "warpgroup":
         return warpgroup_linear(expand_input(rows, index), planes, scales, bias, settings).view(shape)
     return dequantized_linear(x, planes, scales, index, bias, settings)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x as [rows, in_features], contiguous, at an address that kernels can read whole tiles from."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
+
+
+def runs_decode_once(
+    x: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    settings: tuple[int, int, bool, int],
+) -> bool:
+    """Whether x, [..., in_features], has one or two rows and `decode` takes this layer."""
+    capability = torch.cuda.get_device_capability(x.device)
+    rows = x.numel() // max(1, x.shape[-1])
+    return (
+        0 < rows <= DECODE_ROWS
+        and planes[0].shape[0] > 0
+        and fits_kernels(x.dtype, planes, scales, settings, capability)
+    )
 
 
 def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
@@ -193,8 +215,14 @@ def decode_linear(
     index: Tensor | None,
     bias: Tensor | None,
     settings: tuple[int, int, bool, int],
+    kernel: Any = decode_kernel,
+    **more: object,
 ) -> Tensor:
-    """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features]."""
+    """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features].
+
+    Args:
+        kernel: one that takes its arguments and these `more`, and runs with its settings.
+    """
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count)
     codes = kernel_codes(planes, settings)
@@ -208,7 +236,7 @@ def decode_linear(
 
     def run(choice: Settings) -> None:
         tiles, warps, registers = choice
-        decode_kernel[(triton.cdiv(count, 16 * tiles),)](
+        kernel[(triton.cdiv(count, 16 * tiles),)](
             *arguments,
             rows.shape[1],
             count,
@@ -223,6 +251,7 @@ def decode_linear(
             num_warps=warps,
             **dependent_launch(rows.device),
             **({"maxnreg": registers} if registers else {}),
+            **more,
         )
 
     key = f"decode {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
