@@ -15,8 +15,9 @@ Why here and not in the modules: the compiled graph shows who reads the residual
 architecture, the model stays as it is, and eager mode keeps the model's own order of rounding.
 """
 
+from dataclasses import dataclass
 from operator import getitem
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -62,7 +63,8 @@ def _gather_pattern() -> PatternExpr:
 NORMS, GATHER = _norm_patterns(), _gather_pattern()
 
 
-class Fold(NamedTuple):
+@dataclass(frozen=True)
+class Fold:
     """Nodes of packed_linear(norm(residual + packed_linear(x))): `first` and `second` are the products.
 
     `matched` has those between the sum, `hidden`, and the second product, and the norm's weight and eps.
@@ -94,7 +96,9 @@ class FoldNorms(CustomGraphPass):
 
 def find_fold(second: fx.Node) -> Fold | None:
     """What can be folded before a packed product, or None."""
-    normed, index, matched = second.args[0], second.args[INDEX], ()
+    normed: Any = second.args[0]
+    index: Any = second.args[INDEX]
+    matched: tuple[Match, ...] = ()
     gather = GATHER.match(normed)
     if isinstance(gather, Match) and index is None and len(normed.users) == 1:
         normed, index = gather.kwargs["normed"], _whole_index(gather)
@@ -127,7 +131,7 @@ def _whole_index(gather: Match) -> fx.Node | None:
     return index if whole and index.op in ("placeholder", "get_attr") else None
 
 
-def _product_and_residual(hidden: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _product_and_residual(hidden: Any) -> tuple[fx.Node, fx.Node] | None:
     """(a packed product that only this sum reads, what it is added to) where `hidden` is such a sum."""
     if hidden.target != aten.add.Tensor or hidden.kwargs:
         return None
