@@ -55,6 +55,7 @@ DECODE_SETTINGS: list[Settings] = [
     (1, 16, 0),
     (2, 4, 0),
     (2, 8, 0),
+    (2, 8, 128),
 ]
 
 
@@ -215,13 +216,15 @@ def decode_linear(
     index: Tensor | None,
     bias: Tensor | None,
     settings: tuple[int, int, bool, int],
+    name: str = "decode",
     kernel: Any = decode_kernel,
     **more: object,
 ) -> Tensor:
     """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features].
 
     Args:
-        kernel: one that takes its arguments and these `more`, and runs with its settings.
+        name: of what is launched, among tuned settings.
+        kernel: one that takes the arguments of `decode_kernel` and these `more`.
     """
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count)
@@ -254,7 +257,7 @@ def decode_linear(
             **more,
         )
 
-    key = f"decode {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
+    key = f"{name} {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
     with torch.cuda.device(rows.device):
         run(settings_for(key, DECODE_SETTINGS, run, rows.get_device()))
     return y

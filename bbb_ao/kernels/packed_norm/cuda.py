@@ -52,6 +52,7 @@ def packed_linear_residual_cuda(
         index,
         bias,
         settings,
+        name="residual decode",
         kernel=normed_decode_kernel,
         eps=0.0,
         in_squares_ptr=squares,  # not read
@@ -98,6 +99,7 @@ def packed_linear_normed_cuda(
         index,
         bias,
         settings,
+        name="normed decode",
         kernel=normed_decode_kernel,
         eps=eps,
         in_squares_ptr=squares,
