@@ -7,7 +7,8 @@ lies; who can change the files can change it too, so that it proves no origin.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,6 +71,12 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(paths: Iterable[Path]) -> list[str]:
+    """The same of several files at a time: a core hashes more slowly than a disk reads."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(file_digest, paths))
 
 
 def record_file(path: Path) -> FileRecord:
@@ -151,15 +158,13 @@ def check_manifest(directory: Path) -> Manifest | None:
             f"{directory / surplus[0]}: file: expected only those of {MANIFEST}, got {len(surplus)} more; "
             "fix: remove what was added"
         )
-    for name, expected in manifest.files.items():
-        path = inside(directory, name)
-        if path.stat().st_size != expected.bytes:
-            raise ModelError(
-                f"{path}: size: expected {expected.bytes} bytes, got {path.stat().st_size}; fix: copy the file again"
-            )
-        found = record_file(path)
-        if found.sha256 != expected.sha256:
-            raise _changed(path, expected, found)
+    files = {inside(directory, name): expected for name, expected in manifest.files.items()}
+    for path, expected in files.items():
+        if (size := path.stat().st_size) != expected.bytes:
+            raise ModelError(f"{path}: size: expected {expected.bytes} bytes, got {size}; fix: copy the file again")
+    for (path, expected), digest in zip(files.items(), file_digests(files), strict=True):
+        if digest != expected.sha256:
+            raise _changed(path, expected, record_file(path))
     return manifest
 
 

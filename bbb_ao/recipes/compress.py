@@ -23,7 +23,7 @@ from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.disk import disk_use
 from bbb_ao.recipes.distill import train_model_stage
 from bbb_ao.recipes.generation import GENERATED_AT_ONCE, generate_sequences
-from bbb_ao.recipes.identity import check_hashes, check_recipe, hash_inputs
+from bbb_ao.recipes.identity import Inputs, check_hashes, check_recipe, hash_inputs
 from bbb_ao.recipes.keeper import Keeper
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
 from bbb_ao.recipes.machine import describe_device, peak_memory, versions
@@ -330,8 +330,8 @@ def compress(
         resolve_sources(data)
     changed = check_recipe(run.record, recipe, run.amend) if run else set()
     room = None if done or directory is None else output_dir
-    model, tokenizer, sequences, hashes = _open(model_or_path, tokenizer, data, recipe, run, room)
-    keeper = Keeper(run, recipe, hashes, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
+    model, tokenizer, sequences, inputs = _open(model_or_path, tokenizer, data, recipe, run, room)
+    keeper = Keeper(run, recipe, inputs, partial(_save_stage, model, tokenizer, recipe), changed) if run else None
     device, report = device or choose_device(), report or Silent()
     facts = {"command": command, "model": str(directory or type(model).__name__), "recipe": resolved}
     result = train(model, sequences, recipe, device, report, keeper=keeper, facts=facts)
@@ -361,8 +361,8 @@ def _save_stage(
 
 def _open(
     model_or_path: Any, tokenizer: Any, data: Any, recipe: Recipe, run: RunFolder | None, room: str | Path | None
-) -> tuple[Any, Any, Tensor, dict[str, str]]:
-    """What a run reads: (model, tokenizer, calibration ids, hashes of what a run with a state is of).
+) -> tuple[Any, Any, Tensor, Inputs]:
+    """What a run reads: (model, tokenizer, calibration ids, and what a run with a state is of).
 
     A directory's weights come last, since a large model's take minutes.
 
@@ -381,7 +381,7 @@ def _open(
         student, _ = prepare_skeleton(model, recipe)
         needed = disk_use(model, student, recipe, run.save_steps if run else None).run
         check_space(room, needed, run.bytes if run else 0)
-    hashes = hash_inputs(model_or_path, data) if run else {}
+    inputs = hash_inputs(model_or_path, data, run.record) if run else Inputs({}, {})
     if run:
-        check_hashes(run.record, hashes)
-    return model if directory is None else load_model(directory), tokenizer, sequences, hashes
+        check_hashes(run.record, inputs.hashes)
+    return model if directory is None else load_model(directory), tokenizer, sequences, inputs

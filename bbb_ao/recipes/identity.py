@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bbb_ao.errors import ResumeError
-from bbb_ao.manifest import file_digest
+from bbb_ao.manifest import file_digests
 from bbb_ao.modeldir import LOADED
 from bbb_ao.recipes.run_folder import AFRESH
 from bbb_ao.recipes.stages import Recipe
@@ -77,28 +77,51 @@ def check_hashes(record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
             )
 
 
-def hash_inputs(model: Any, data: Any) -> dict[str, str]:
-    """SHA-256 of what a run reads, by name.
+class Inputs(NamedTuple):
+    """What a run reads, by name.
+
+    Attributes:
+        hashes: SHA-256 of each.
+        stamps: bytes of a file, and when it was changed last, in ns; of files alone.
+    """
+
+    hashes: dict[str, str]
+    stamps: dict[str, list[int]]
+
+
+def hash_inputs(model: Any, data: Any, record: Mapping[str, Any]) -> Inputs:
+    """Hash what a run reads; files whose stamps are as in `record` keep the hash that it has, as reading takes minutes.
 
     Args:
         model: a directory, of which every file that loaders read is taken, or a module, each of its tensors.
         data: files and folders, or names of hub datasets, which stand for themselves; or token ids.
+        record: as in `RunFolder.record`.
     """
     hashes: dict[str, str] = {}
+    files: dict[str, Path] = {}
     if isinstance(model, str | Path):
-        files = sorted(path for path in Path(model).iterdir() if path.suffix in LOADED and path.is_file())
-        hashes |= {f"model: {path.name}": file_digest(path) for path in files}
+        inside = sorted(path for path in Path(model).iterdir() if path.suffix in LOADED and path.is_file())
+        files |= {f"model: {path.name}": path for path in inside}
     else:
         hashes |= {f"model: {name}": _tensor_digest(tensor) for name, tensor in model.state_dict().items()}
-    if hasattr(data, "numpy"):
-        return hashes | {"data": _tensor_digest(data)}
     sources: Sequence[str | Path] = [data] if isinstance(data, str | Path) else data
-    for number, source in enumerate(map(Path, sources)):
-        inside = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-        for path in inside:
-            name = f"data {number + 1}: {path.relative_to(source) if source.is_dir() else path.name}"
-            hashes[name] = file_digest(path) if path.is_file() else hashlib.sha256(str(source).encode()).hexdigest()
-    return hashes
+    if hasattr(data, "numpy"):
+        hashes["data"], sources = _tensor_digest(data), ()
+    for number, source in enumerate(map(Path, sources), start=1):
+        if source.is_dir():
+            inside = sorted(path for path in source.rglob("*") if path.is_file())
+            files |= {f"data {number}: {path.relative_to(source)}": path for path in inside}
+        elif source.is_file():
+            files[f"data {number}: {source.name}"] = source
+        else:
+            hashes[f"data {number}: {source.name}"] = hashlib.sha256(str(source).encode()).hexdigest()
+    stamps = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
+    known = {
+        name: record["hashes"][name] for name, stamp in record.get("stamps", {}).items() if stamp == stamps.get(name)
+    }
+    read = [name for name in files if name not in known]
+    hashes |= known | dict(zip(read, file_digests(files[name] for name in read), strict=True))
+    return Inputs(hashes, stamps)
 
 
 def _tensor_digest(tensor: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bbb_ao.errors import ResumeError
 from bbb_ao.qat_linear import qat_linears
-from bbb_ao.recipes.identity import recipe_record
+from bbb_ao.recipes.identity import Inputs, recipe_record
 from bbb_ao.recipes.memory import Memory, Noticing
 from bbb_ao.recipes.optimization import Fit
 from bbb_ao.recipes.run_folder import AFRESH, FORMAT_VERSION, RunFolder
@@ -30,9 +30,9 @@ class Keeper:
     """The state of a run, by stage and block.
 
     Args:
-        run: its open folder, whose record fits the recipe and the hashes but for `changed`.
+        run: its open folder, whose record fits the recipe and the inputs but for `changed`.
         recipe: what the run trains by.
-        hashes: of the run's inputs; see `identity`.
+        inputs: of the run; see `identity`.
         changed: names of settings that were amended.
         save_stage: writes the checkpoint of a finished stage: (student, stage number, directory).
     Attributes:
@@ -44,7 +44,7 @@ class Keeper:
         self,
         run: RunFolder,
         recipe: Recipe,
-        hashes: Mapping[str, str],
+        inputs: Inputs,
         save_stage: Callable[[nn.Module, int, Path], None],
         changed: Iterable[str] = (),
     ) -> None:
@@ -63,7 +63,7 @@ class Keeper:
             **run.record,
             "names": [stage.name for stage in recipe.stages],
             "recipe": recipe_record(recipe),
-            "hashes": dict(hashes),
+            **inputs._asdict(),
         }
         if changed & SCHEDULE:
             self._record["loop"] = None

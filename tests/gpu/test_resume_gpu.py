@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bbb_ao.recipes.compress import Silent, train
+from bbb_ao.recipes.identity import Inputs
 from bbb_ao.recipes.keeper import Keeper
 from bbb_ao.recipes.run_folder import RunFolder
 from bbb_ao.recipes.stages import Recipe
@@ -33,7 +34,7 @@ class StopsAtStep(Silent):
 
 def weights(output: Path, recipe: Recipe, save_steps: int, stop: int = 0) -> list[torch.Tensor]:
     with RunFolder(output, save_steps=save_steps) as run:
-        keeper = Keeper(run, recipe, {}, lambda student, number, folder: None)
+        keeper = Keeper(run, recipe, Inputs({}, {}), lambda student, number, folder: None)
         result = train(copy.deepcopy(tiny_llama()), IDS, recipe, torch.device("cuda"), StopsAtStep(stop), keeper=keeper)
     return [parameter.detach() for parameter in result.model.parameters()]
 
