@@ -75,10 +75,10 @@ def __dir__() -> list[str]:
 
 
 def _is_command_line() -> bool:
-    """Whether `bbb-ao` or `python -m bbb_ao` is starting; argv[0] still is "-m" while a package is imported for it."""
+    """Whether `bbb-ao` or a module of this package is starting; argv[0] is "-m" while a package is imported for it."""
     program = Path(sys.argv[0] if sys.argv else "").name
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if program == "-m" and "-m" in sys.orig_argv else []
-    return program == "bbb-ao" or module in (["bbb_ao"], ["bbb_ao.demo"])
+    return program == "bbb-ao" or any(name.partition(".")[0] == "bbb_ao" for name in module)
 
 
 # Registering with transformers imports torch: the command line does that only when a command needs it.

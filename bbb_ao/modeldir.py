@@ -68,6 +68,20 @@ def check_model_directory(
     return config
 
 
+def check_checkpoint(directory: str | Path, needs_tokenizer: bool = True) -> dict[str, Any]:
+    """`check_model_directory` for a checkpoint that this package wrote.
+
+    Raises:
+        ModelError: it is a plain model, or as there.
+    """
+    config = check_model_directory(directory, allow_bitbybit=True, needs_tokenizer=needs_tokenizer)
+    if "quantization_config" not in config:
+        raise ModelError(
+            f"{directory}: quantization_config: expected a bbb_ao checkpoint, got a plain model; fix: train first"
+        )
+    return config
+
+
 def check_config(model: str | Path) -> dict[str, Any]:
     """The config.json of a full-precision model, which need not have its weights yet.
 

@@ -32,8 +32,10 @@ DataOption = Annotated[
     list[str],
     typer.Option("--data", metavar="FILE...", help=".jsonl, .txt, .parquet, folder or hub dataset; several allowed."),
 ]
-WindowOption = Annotated[int | None, typer.Option(min=2, help="Tokens in a window [1024, or the model's context].")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Windows in a forward pass.")]
+WindowOption = Annotated[
+    int | None, typer.Option(metavar="N", min=2, help="Tokens in a window [1024, or the model's context].")
+]
+BatchOption = Annotated[int, typer.Option(metavar="N", min=1, help="Windows in a forward pass.")]
 BaselineOption = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Also this full-precision model, and it rounded to nearest by DIR's recipe."),
@@ -62,9 +64,9 @@ def common(
     """Options of all commands. `entry.main` takes --debug out, wherever it stands, before they are parsed."""
 
 
-@app.command(cls=SpreadCommand)
+@app.command(cls=SpreadCommand, short_help="Compress MODEL by a recipe, or go on with a stopped run.")
 def train(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory or hub id.")],
     data: DataOption,
     recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="Shipped recipe or YAML file.")],
     output: Annotated[str, typer.Option(metavar="DIR", help="Where the result goes; empty or not there yet.")],
@@ -87,8 +89,10 @@ def train(
     from bbb_ao.recipes.identity import check_recipe
     from bbb_ao.recipes.loader import load_recipe
     from bbb_ao.recipes.run_folder import RunFolder
+    from bbb_ao.recipes.sources import resolve_sources
 
     settings = load_recipe(recipe, overrides or [])
+    resolve_sources(data)
     directory = fetch_model(model)
     target = check_output_directory(output, directory, may_hold_files=True)
     folder = RunFolder(target, save_steps=save_steps, restart=restart, amend=amend, keep_stages=keep_stages)
@@ -128,10 +132,10 @@ def _train_command(
     return shlex.join(words)
 
 
-app.command("plan", cls=SpreadCommand)(plan_command)
+app.command("plan", cls=SpreadCommand, short_help="Layers, size, memory, disk and time of a run.")(plan_command)
 
 
-@app.command("eval", cls=SpreadCommand)
+@app.command("eval", cls=SpreadCommand, short_help="Perplexity on text, and tasks of lm-eval.")
 def evaluate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Model or checkpoint directory.")],
     data: Annotated[
@@ -146,7 +150,8 @@ def evaluate(
     window: WindowOption = None,
     batch: BatchOption = 4,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate the first so many windows, and documents of a task.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Evaluate the first so many windows, and documents of a task."),
     ] = None,
     device: DeviceOption = None,
     baseline: BaselineOption = None,
@@ -156,9 +161,12 @@ def evaluate(
     What is found of a bbb_ao checkpoint is also appended to DIR/evaluations.jsonl, for the report.
     """
     from bbb_ao.modeldir import check_model_directory
+    from bbb_ao.recipes.sources import resolve_sources
 
     if not data and not tasks:
         raise RecipeError("--data: expected text, or --tasks, got neither; fix: give one of them")
+    if data:
+        resolve_sources(data)
     config = check_model_directory(directory, allow_bitbybit=True)
     packed = "quantization_config" in config
     widths = _widths(directory, config, bits)
@@ -222,7 +230,7 @@ def _baseline_recipe(directory: str, packed: bool, data: list[str] | None, basel
     return load_recipe(Path(directory) / "recipe.yaml")
 
 
-@app.command(cls=SpreadCommand)
+@app.command(cls=SpreadCommand, short_help="Give each layer of DIR a width of its own.")
 def assign(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint with several widths.")],
     data: DataOption,
@@ -231,26 +239,32 @@ def assign(
         float | None, typer.Option(metavar="BITS", min=2, max=16, help="Bits per weight, all told.")
     ] = None,
     size: Annotated[int | None, typer.Option("--bytes", metavar="N", min=1, help="Instead of --budget.")] = None,
-    bits: Annotated[list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Widths to choose from.")] = None,
+    bits: Annotated[
+        list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Widths to choose from [2 4 8, as stored].")
+    ] = None,
     metric: Annotated[str, typer.Option(metavar="kl|loss", help="What a layer's width must not cost.")] = "kl",
     drop: Annotated[bool, typer.Option("--drop-planes", help="Store no bits beyond each layer's width.")] = False,
     window: WindowOption = None,
     batch: BatchOption = 4,
-    limit: Annotated[int, typer.Option(min=1, help="Measure on the first so many windows.")] = 16,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Measure on the first so many windows.")] = 16,
     device: DeviceOption = None,
 ) -> None:
     """Give each layer of DIR a width of its own, by what it costs on DATA, without training."""
-    from bbb_ao.modeldir import check_model_directory
+    from bbb_ao.modeldir import check_checkpoint
     from bbb_ao.outputs import check_output_directory
+    from bbb_ao.recipes.sources import resolve_sources
 
     if (budget is None) == (size is None):
         raise RecipeError("--budget: expected it or --bytes, got both or none; fix: give one")
     if metric not in ("kl", "loss"):
         raise RecipeError(f"--metric: expected kl or loss, got {metric!r}; fix: give one of them")
-    config = check_model_directory(directory, allow_bitbybit=True)
+    resolve_sources(data)
+    config = check_checkpoint(directory)
     check_output_directory(output, directory)
-    widths = _widths(directory, config, bits or [2, 4, 8])
     tokens = _window(directory, config, window)
+    from bbb_ao.checkpoint import openable_widths
+
+    widths = _widths(directory, config, bits) if bits else {2, 4, 8}.intersection(openable_widths(directory))
     from bbb_ao.recipes.allocation import assign_checkpoint
     from bbb_ao.recipes.data import evaluation_windows
     from bbb_ao.recipes.loading import choose_device, load_tokenizer
@@ -261,7 +275,7 @@ def assign(
         directory,
         output,
         windows,
-        [int(width or 0) for width in widths],
+        sorted(int(width or 0) for width in widths),
         metric,
         batch,
         drop,
@@ -273,27 +287,23 @@ def assign(
     typer.echo(f"{output}: {found.bits_per_weight:.3f} bits per weight read, {found.stored_bits:.3f} stored")
 
 
-app.command()(generate)
-app.command()(serve)
+app.command(short_help="Continue a prompt at one of DIR's widths.")(generate)
+app.command(short_help="Answer completion requests over HTTP.")(serve)
 
 
-@app.command()
+@app.command(short_help="Widths, bits per weight and bytes of each layer.")
 def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory.")]) -> None:
     """A line per layer: widths, the one it opens at, bits per weight, split channels, bytes."""
-    from bbb_ao.modeldir import check_model_directory
+    from bbb_ao.modeldir import check_checkpoint
 
-    config = check_model_directory(directory, allow_bitbybit=True)
-    if "quantization_config" not in config:
-        raise ModelError(
-            f"{directory}: quantization_config: expected a bbb_ao checkpoint, got a plain model; fix: train first"
-        )
+    check_checkpoint(directory)
     from bbb_ao.checkpoint import describe
 
     layers = describe(directory)
     rows: list[tuple[Any, ...]] = [
         (
             row.name,
-            str(row.widths[0]) if row.fixed_bits else f"{row.widths[0]}-{row.widths[-1]}",
+            "-".join(map(str, dict.fromkeys((row.widths[0], row.widths[-1])))),
             row.bits or row.widths[-1],
             row.act_bits or 16,
             row.bits_per_weight,
@@ -308,13 +318,15 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkp
     print_table([heads, *rows])
 
 
-app.command()(verify)
-app.command()(doctor)
-app.command()(report)
+app.command(short_help="Check files and hashes, then layers against float64.")(verify)
+app.command(short_help="Versions, GPU, and which kernels run here.")(doctor)
+app.command(short_help="Write one HTML file about a run.")(report)
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe's YAML.")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this recipe's YAML.")] = None,
+) -> None:
     """List the shipped recipes."""
     from bbb_ao.recipes.loader import dump_recipe, load_recipe, shipped_recipes
 

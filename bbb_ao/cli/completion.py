@@ -53,6 +53,10 @@ def check_widths(request: Request, widths: Sequence[int]) -> None:
             raise RecipeError(f"{name}: expected {have}, got {width}; fix: ask for a stored width")
     if request.draft_bits is None:
         return
+    if len(widths) == 1:
+        raise RecipeError(
+            f"draft_bits: expected a checkpoint of several widths, got {widths[0]} bits alone; fix: leave it out"
+        )
     if request.draft_bits >= (wide := request.bits or max(widths)):
         raise RecipeError(f"draft_bits: expected fewer than {wide}, got {request.draft_bits}; fix: lower it")
     if request.temperature:

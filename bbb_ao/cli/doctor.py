@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bbb_ao.errors import ModelError
-
 if TYPE_CHECKING:
     from bbb_ao.routes import LayerKind
 
@@ -25,13 +23,9 @@ def doctor(
     """Versions, GPU, which kernels compile here, and which will run for the checkpoint DIR and why."""
     config: dict[str, Any] = {}
     if directory is not None:
-        from bbb_ao.modeldir import check_model_directory
+        from bbb_ao.modeldir import check_checkpoint
 
-        config = check_model_directory(directory, allow_bitbybit=True, needs_tokenizer=False)
-        if "quantization_config" not in config:
-            raise ModelError(
-                f"{directory}: quantization_config: expected a bbb_ao checkpoint, got a plain model; fix: train first"
-            )
+        config = check_checkpoint(directory, needs_tokenizer=False)
     for line in _versions():
         typer.echo(line)
     import torch
@@ -79,7 +73,9 @@ def _device_line(capability: tuple[int, int] | None) -> str:
         return f"GPU: {name}, compute capability {number}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
     compiled = f"torch.compile uses {compiler}" if compiler else "no C++ compiler, so that torch.compile cannot be used"
-    return f"GPU: none that torch can use; everything runs on the CPU, {torch.get_num_threads()} threads; {compiled}"
+    threads = torch.get_num_threads()
+    count = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"GPU: none that torch can use; everything runs on the CPU, {count}; {compiled}"
 
 
 def _kernel_lines(triton: str) -> list[str]:
@@ -165,10 +161,9 @@ def _checkpoint_lines(config: dict[str, Any], capability: tuple[int, int] | None
     lines = []
     for kind, count in layer_kinds(config).items():
         activations = "" if kind.act_bits is None else f", {kind.act_bits}-bit activations"
-        lines.append(
-            f"{count} layers of {kind.out_features} x {kind.stored_features} at {kind.bits} bits{activations}, "
-            f"x in {str(kind.dtype).removeprefix('torch.')}:"
-        )
+        shape = f"{kind.out_features} x {kind.stored_features} at {kind.bits} bits"
+        dtype = str(kind.dtype).removeprefix("torch.")
+        lines.append(f"{count} layer{'s' if count > 1 else ''} of {shape}{activations}, x in {dtype}:")
         for rows in ROW_COUNTS:
             name, reason = cpu_route(kind, rows) if capability is None else gpu_route(kind, rows, capability)
             lines.append(f"  M = {rows}: {name}{f' ({reason})' if reason else ''}")

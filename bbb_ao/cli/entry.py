@@ -8,9 +8,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, load: Callable[[], Any] | None 
     debug = "--debug" in arguments[:end]
     arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
     try:
-        with _signals(), _quiet(not debug):
+        with _signals(), _lasting_output(), _quiet(not debug):
             app = (load or _commands)()
             code = app(arguments, prog_name=name, standalone_mode=False)
             sys.stdout.flush()
@@ -50,10 +50,6 @@ def main(arguments: Sequence[str] | None = None, load: Callable[[], Any] | None 
             # typer turns the exception into an exit code.
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:
-        # The reader of our output left (`bbb-ao inspect DIR | head`); keep Python's own flush at exit from failing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (Exception, KeyboardInterrupt, Signalled) as error:  # noqa: BLE001  the outermost door
         code, message = explain(error)
         if debug:
@@ -100,6 +96,46 @@ def explain(error: BaseException) -> tuple[int, str]:
 def escape(text: str) -> str:
     """One line of printable characters: control and other unprintable ones as escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+class Lasting:
+    """A text stream that goes on, to nowhere, when its reader has left: a run outlives its terminal.
+
+    Args:
+        stream: with a file descriptor, where writing may fail.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._reader_may_leave():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._reader_may_leave():
+            self._stream.flush()
+
+    @contextmanager
+    def _reader_may_leave(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # A pipe without a reader, a terminal that was closed.
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # Also for what is still in the buffer, which Python writes at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextmanager
+def _lasting_output() -> Iterator[None]:
+    with redirect_stdout(Lasting(sys.stdout)), redirect_stderr(Lasting(sys.stderr)):  # type: ignore[type-var]
+        yield
 
 
 @contextmanager

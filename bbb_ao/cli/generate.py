@@ -14,7 +14,7 @@ DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu or c
 
 def generate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint directory.")],
-    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue.")],
     bits: Annotated[int | None, typer.Option(metavar="N", min=2, max=8, help="Weight width [DIR's own].")] = None,
     budget_gb: BudgetOption = None,
     draft_bits: Annotated[
@@ -22,8 +22,10 @@ def generate(
     ] = None,
     draft_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Drafted at a time.")] = 4,
     max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most [128].")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the samples; 0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the samples.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0, help="Of the samples; 0 takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="Of the samples.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
     device: DeviceOption = None,
 ) -> None:

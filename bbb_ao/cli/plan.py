@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bbb_ao.cli.tables import print_table
+from bbb_ao.errors import ResourceError
 
 if TYPE_CHECKING:
     from bbb_ao.planning import Limits, Plan
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    model: Annotated[str, typer.Argument(help="Model directory (config.json suffices) or hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model directory (config.json suffices) or hub id.")],
     recipe: Annotated[str, typer.Option(metavar="NAME|FILE", help="Shipped recipe or YAML file.")],
     overrides: Annotated[
         list[str] | None,
@@ -33,7 +34,8 @@ def plan_command(
     settings = load_recipe(recipe, overrides or [])
     directory = fetch_model(model, (CONFIG,))
     check_config(directory)
-    from bbb_ao.planning import make_plan, read_limits
+    from bbb_ao.outputs import check_space
+    from bbb_ao.planning import check_limits, make_plan, read_limits
     from bbb_ao.recipes.loading import choose_device
 
     place = choose_device(device)
@@ -45,6 +47,11 @@ def plan_command(
     _print_layers(found)
     _print_memory(found)
     print_summary(found, limits)
+    try:
+        check_limits(settings, list(found.phases), limits)
+        check_space(output, found.run_bytes)
+    except ResourceError as error:
+        typer.echo(f"`train` would refuse it: {error}")
 
 
 def check_plan(directory: Path, recipe: "Recipe", device: Any, output: str) -> None:

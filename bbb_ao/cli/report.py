@@ -6,7 +6,7 @@ import typer
 
 
 def report(
-    run: Annotated[str, typer.Argument(help="Output directory of a training run, finished or not.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Output directory of a training run, finished or not.")],
     output: Annotated[str | None, typer.Option(metavar="FILE", help="The report [RUN.report.html].")] = None,
     log: Annotated[str | None, typer.Option(metavar="FILE", help="The run's log [RUN.log.jsonl].")] = None,
 ) -> None:

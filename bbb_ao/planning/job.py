@@ -10,6 +10,7 @@ from torch import nn
 from bbb_ao.passes import find_blocks
 from bbb_ao.recipes.optimization import stage_rows, stage_steps, stream_dtype
 from bbb_ao.recipes.prepare import Prepared
+from bbb_ao.recipes.sequences import check_length
 from bbb_ao.recipes.skeleton import Answered, prepare_skeleton
 from bbb_ao.recipes.stages import Recipe, Stage
 from bbb_ao.recipes.streams import BlockCall, record_calls
@@ -37,6 +38,7 @@ class Job:
     @classmethod
     def prepare(cls, model: Any, recipe: Recipe, device: torch.device) -> "Job":
         """Raises RecipeError, ModelError: as training does for this model and recipe."""
+        check_length(recipe, model)
         student, prepared = prepare_skeleton(model, recipe)
         ids = torch.zeros(1, recipe.sequence_length, dtype=torch.int64)
         with torch.device("meta"), Answered():

@@ -148,7 +148,7 @@ def assign_checkpoint(
         RecipeError: fewer than two widths, or a budget below the narrowest.
     """
     if len(set(widths)) < 2:
-        raise RecipeError(f"bits: expected at least two widths to choose from, got {list(widths)}; fix: give more")
+        raise RecipeError(f"bits: expected at least two stored widths, got {list(widths)}; fix: choose from more")
     model = load_model(directory, "float32").to(device)
     sensitivity = measure_sensitivity(model, windows, widths, metric, batch_size)
     # The measurement's float32 copy must not reach the checkpoint.

@@ -33,6 +33,7 @@ from bbb_ao.recipes.prepare import Prepared, prepare_student
 from bbb_ao.recipes.run_folder import RunFolder
 from bbb_ao.recipes.sequences import check_sequences, read_sequences
 from bbb_ao.recipes.skeleton import build_skeleton, prepare_skeleton
+from bbb_ao.recipes.sources import resolve_sources
 from bbb_ao.recipes.stages import Recipe
 from bbb_ao.recipes.statistics import layer_errors
 from bbb_ao.storage import footprint
@@ -325,8 +326,6 @@ def compress(
     if not done:
         check_output_directory(output_dir, directory)
     if not isinstance(data, Tensor):
-        from bbb_ao.recipes.data import resolve_sources
-
         resolve_sources(data)
     changed = check_recipe(run.record, recipe, run.amend) if run else set()
     room = None if done or directory is None else output_dir

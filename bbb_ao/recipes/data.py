@@ -4,7 +4,6 @@ Protocol: each document of a .jsonl, a .parquet file or a hub dataset is BOS + t
 BOS; a tokenizer without a BOS token adds none. All ids are concatenated and cut into windows that do not overlap.
 """
 
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,16 +15,13 @@ import torch
 from torch import Tensor
 
 from bbb_ao.errors import DataError
+from bbb_ao.recipes.sources import HUB_NAME, Sources, resolve_sources
 from bbb_ao.recipes.textfiles import Document, TextFile, document_of_row, index_file, read_whole
 
-SUFFIXES = (".jsonl", ".txt", ".parquet")
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.\[\]%-]+))?")
 # Sequences are drawn from this many times as many tokens as they hold, where there are as many.
 OVERSAMPLE = 4
 SHUFFLE_BUFFER = 1000  # documents
 TOKENIZER_BATCH = 32  # documents
-
-Sources = str | Path | Sequence[str | Path]
 
 
 def calibration_sequences(
@@ -160,51 +156,6 @@ def load_documents(sources: Sources, seed: int | None = None) -> Iterator[Docume
     if texts:
         streams.insert(0, _permuted(texts, seed))
     return _in_turn(streams)
-
-
-def resolve_sources(sources: Sources) -> list[Path | str]:
-    """The files of all sources, and the names of hub datasets; nothing is read.
-
-    Raises:
-        DataError: missing, or of no known kind.
-    """
-    names = [sources] if isinstance(sources, str | Path) else list(sources)
-    if not names:
-        raise DataError("data: sources: expected a file, a folder or a hub dataset, got none; fix: give one")
-    return [item for name in names for item in _resolve(name)]
-
-
-def _resolve(name: str | Path) -> list[Path | str]:
-    """The files of a source, or the hub name itself."""
-    if not str(name):
-        raise DataError("data: sources: expected a file, a folder or a hub dataset, got an empty name; fix: give one")
-    path = Path(name)
-    # Unlike Path's, os.path's functions answer for names that no file can have, too.
-    if os.path.isdir(path):
-        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not found:
-            raise DataError(f"{name}: folder: expected {', '.join(SUFFIXES)} files, got none; fix: check the path")
-        return list(found)
-    if os.path.isfile(path):
-        if path.suffix not in SUFFIXES:
-            raise DataError(
-                f"{name}: suffix: expected {', '.join(SUFFIXES)}, got {path.suffix!r}; fix: rename the file"
-            )
-        return [path]
-    if os.path.exists(path):
-        raise DataError(f"{name}: file: expected a regular file, got a device or pipe; fix: save the text to a file")
-    if path.suffix in SUFFIXES or not HUB_NAME.fullmatch(str(name)):
-        raise DataError(
-            f"{name}: file: expected a file, a folder or a hub dataset, got nothing there; fix: check the path"
-        )
-    if _offline():
-        raise DataError(f"{name}: file: expected a local file while offline, got a hub name; fix: unset HF_HUB_OFFLINE")
-    return [str(name)]
-
-
-def _offline() -> bool:
-    flags = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    return any(flag.upper() in ("1", "ON", "YES", "TRUE") for flag in flags)
 
 
 def _in_order(item: Path | str) -> Iterator[Document]:

@@ -105,7 +105,9 @@ def _explain(error: ValidationError, data: Any) -> str:
         return f"{name}.{message}" if name else message
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f.name for f in fields(PARTS.get(str(path[0]), Recipe) if len(path) > 1 else Recipe)]
-        hint = difflib.get_close_matches(str(path[-1]), known, 1)
+        parts = {"stages.*" if part == "stages" else part: kind for part, kind in PARTS.items()}
+        inside = [f"{part}.{path[-1]}" for part, kind in parts.items() if path[-1] in [f.name for f in fields(kind)]]
+        hint = inside or difflib.get_close_matches(str(path[-1]), known, 1)
         fix = f"did you mean {hint[0]}?" if hint else f"use one of {', '.join(known)}"
         return f"{name}: expected a known key, got {str(path[-1])!r}; fix: {fix}"
     same = [problem for problem in problems if _path(problem["loc"], data) == path]

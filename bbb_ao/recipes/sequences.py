@@ -19,14 +19,25 @@ def read_sequences(data: Any, tokenizer: Any, recipe: Recipe, model: nn.Module) 
         return data
     if tokenizer is None:
         raise DataError("tokenizer: expected one for data that is text, got None; fix: pass tokenizer=")
-    length, longest = recipe.sequence_length, _longest(model)
-    if longest is not None and length > longest:
-        raise RecipeError(
-            f"sequence_length: expected at most the model's {longest} positions, got {length}; fix: lower it"
-        )
+    check_length(recipe, model)
     from bbb_ao.recipes.data import calibration_sequences
 
-    return calibration_sequences(tokenizer, data, recipe.sequences, length, recipe.seed, _vocabulary(model))
+    count, length = recipe.sequences, recipe.sequence_length
+    return calibration_sequences(tokenizer, data, count, length, recipe.seed, _vocabulary(model))
+
+
+def check_length(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse sequences of more tokens than the model has positions.
+
+    Raises:
+        RecipeError: as above.
+    """
+    longest = _longest(model)
+    if longest is not None and recipe.sequence_length > longest:
+        raise RecipeError(
+            f"sequence_length: expected at most the model's {longest} positions, got {recipe.sequence_length}; "
+            "fix: lower it"
+        )
 
 
 def check_sequences(sequences: Tensor, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bbb_ao import errors
-from bbb_ao.cli.entry import escape, explain
+from bbb_ao.cli.entry import Lasting, escape, explain
 from bbb_ao.recipes import loader
 
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "yaml", "rich", "numpy")
@@ -28,6 +29,55 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in ("train", "eval", "inspect", "recipes"))
+
+
+def test_modules_import_no_more_than_they_need(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "bbb_ao.demo.stdlib_corpus", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers"}
+
+
+def test_help_names_every_value(run) -> None:
+    lines = run("--help").out.splitlines()
+    listed = lines[lines.index("Commands:") + 1 :]
+    assert len(listed) > 8
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+    for line in listed:
+        command = line.split()[0]
+        text = run(command, "--help").out
+        assert text.startswith(f"Usage: bbb-ao {command} [OPTIONS]")
+        assert not re.search(r"\{[a-z]|range>|^  [a-z]+ <", text, re.MULTILINE), text
+
+
+def test_a_run_goes_on_when_its_reader_leaves(tmp_path: Path) -> None:
+    """As behind `| head -1`, or without the terminal."""
+    program = (
+        "import sys, time; sys.argv = ['bbb-ao']; from bbb_ao.cli import main\n"
+        "import typer; app = typer.Typer()\n"
+        "@app.command()\n"
+        "def work() -> None:\n"
+        "    typer.echo('first'); sys.stdin.read(); typer.echo('x' * 10**6); print('y', file=sys.stderr)\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w')\n"
+        "sys.exit(main([], lambda: app))\n"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.readline() == b"first\n"
+        child.stdout.close()
+        child.stderr.close()
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait() == 0
+    assert (tmp_path / "done").exists()
+
+
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    with open("/dev/full", "w") as full, pytest.raises(OSError, match="No space left"):
+        Lasting(full).write("x" * 10**6)
 
 
 def test_module_and_version_run() -> None:

@@ -106,6 +106,12 @@ def test_bad_requests_are_refused(refused, packed_model: Path, code: int, argume
     assert words in refused(code, "generate", packed_model, PROMPT, *arguments)
 
 
+def test_a_single_width_cannot_draft(refused, packed_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bbb_ao.checkpoint.openable_widths", lambda directory: [2])
+    line = refused(2, "generate", packed_model, PROMPT, "--draft-bits", 2)
+    assert "expected a checkpoint of several widths, got 2 bits alone" in line
+
+
 def test_bad_prompts_are_refused(refused, packed_model: Path, model: Path) -> None:
     assert "at least one token" in refused(2, "generate", packed_model, "")
     assert "lone surrogate" in refused(2, "generate", packed_model, "\udc80")

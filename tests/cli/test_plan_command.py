@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from bbb_ao.planning import limits
 
 SMALL = ("--set", "sequences=4", "sequence_length=32", "split.ratio_max=0.9")
@@ -34,10 +36,22 @@ def test_plan_for_machines(run, model: Path) -> None:
 def test_plan_refuses_as_train_does(refused, model: Path) -> None:
     assert "targets.0" in refused(2, "plan", model, "--recipe", "smoke", *SMALL, "targets=['.*qproj']")
     assert "did you mean" in refused(2, "plan", model, "--recipe", "smoke", "--set", "sequenc=4")
+    assert "at most the model's 64 positions" in refused(2, "plan", model, "--recipe", "smoke", "--set", "sequences=4")
     (model / "config.json").write_text("{}")
     assert "model_type" in refused(3, "plan", model, "--recipe", "smoke")
     (model / "config.json").unlink()
     assert "config.json" in refused(3, "plan", model, "--recipe", "smoke")
+
+
+@pytest.mark.parametrize(("short", "what"), [("host", "memory: expected"), ("temporary", "disk: expected")])
+def test_plan_says_what_train_would_refuse(short: str, what: str, run, model: Path, monkeypatch) -> None:
+    enough = {"device": None, "host": 2**40, "output": 2**40, "temporary": 2**40}
+    monkeypatch.setattr("bbb_ao.planning.read_limits", lambda *_: limits.Limits(**{**enough, short: 1000}))
+    result = run("plan", model, "--recipe", "smoke", "--no-probe", *SMALL, "cache=disk")
+    assert result.code == 0
+    last = result.out.splitlines()[-1]
+    assert last.startswith("`train` would refuse it: ")
+    assert what in last
 
 
 def test_train_refuses_what_cannot_fit(refused, model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:

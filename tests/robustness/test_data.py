@@ -61,6 +61,8 @@ def test_missing_text_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(compress, "load_model", loaded)
     arguments = ("train", model, "--data", data, "typo.jsonl", "--recipe", "smoke", "--output", tmp_path / "out")
     assert "typo.jsonl: file: expected a file" in refused(4, *arguments)
+    monkeypatch.setattr("bbb_ao.cli.commands.check_plan", loaded)
+    refused(4, *arguments)
 
 
 def test_one_bad_source_among_good_ones_is_named(refused, model: Path, data: Path) -> None:

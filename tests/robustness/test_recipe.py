@@ -61,6 +61,8 @@ SETTINGS = {
     "clip.lowest=0": "a finite number > 0",
     "clip.metric=outputs": "weight or activation",
     "clip.low=0.5": "did you mean lowest?",
+    "lr=1e-4": "did you mean stages.*.lr?",
+    "ratio_max=0.1": "did you mean split.ratio_max?",
     "average=2": "<= 1",
     "generated=-1": "from 0 to",
     "stages.0.batch_size=0": "from 1 to",
