@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -176,6 +177,7 @@ class Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = SOCKET_SECONDS
     streaming = False
+    number = ""  # of the completion, the same in all of its pieces
 
     def do_GET(self) -> None:
         self._answer()
@@ -216,6 +218,7 @@ class Handler(BaseHTTPRequestHandler):
         # Refused before it waits for its turn.
         self.server.writer.prepare(request)
         chat = path == CHAT
+        self.number = f"{'chat' * chat}cmpl-{uuid.uuid4().hex}"
         with self.server.turn() as writer:
             if not stream:
                 done = writer.write(request, lambda text: None)
@@ -246,7 +249,8 @@ class Handler(BaseHTTPRequestHandler):
             kind += ".chunk" * self.streaming
         else:
             choice["text"] = text
-        answer = {"object": kind, "created": int(time.time()), "model": self.server.name, "choices": [choice]}
+        answer: dict[str, Any] = {"id": self.number, "object": kind, "created": int(time.time())}
+        answer |= {"model": self.server.name, "choices": [choice]}
         if done:
             total = done.prompt_tokens + done.tokens
             used = {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.tokens, "total_tokens": total}

@@ -111,6 +111,9 @@ def test_streams_are_events_that_add_up(server: CompletionServer, send) -> None:
     assert all(piece["choices"][0]["finish_reason"] is None for piece in pieces)
     assert last["choices"][0]["finish_reason"] == "length"
     assert last["usage"]["completion_tokens"] == 10
+    (number,) = {event["id"] for event in answer.events}
+    assert number.startswith("cmpl-")
+    assert send(COMPLETIONS, ask()).json["id"] != number, "each answer has its own"
 
 
 def test_chats_go_through_the_template(server: CompletionServer, send) -> None:
@@ -118,6 +121,7 @@ def test_chats_go_through_the_template(server: CompletionServer, send) -> None:
     expected = server.writer.write(Request(f"[{PROMPT}]", 8, max_new_tokens=10), lambda text: None).text
     answer = send(CHAT, body)
     assert answer.json["object"] == "chat.completion"
+    assert answer.json["id"].startswith("chatcmpl-")
     assert answer.json["choices"][0]["message"] == {"role": "assistant", "content": expected}
     events = send(CHAT, body | {"stream": True}).events
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
