@@ -11,12 +11,18 @@ Greedy, 256 prompt tokens and 256 new ones, static cache. The prompt's pass (eag
                          bits per weight x weights of the packed layers, and two bytes for every other weight
     bits_per_weight      of the packed layers, scales and zero points counted
 
-`--profile` also prints the kernels of one step by their time. Models are built on the GPU in seconds.
+`--inductor-pdl` lets kernels that Inductor writes start before those before them end (programmatic dependent launch),
+for every implementation; ours do so anyway, but with BBB_AO_PDL=off. `--inductor-combo` lets it write kernels that do
+not depend on each other as one (queries turned, keys and values stored: one launch instead of three). `--fold` makes
+norms and residual sums parts of the packed products (`bbb_ao.passes.fold_norms`); it compiles 8 blocks, or as many as
+it names, as one function, and the sum and norm behind the last of them stay as they are. `--profile` also prints the
+kernels of one step by their time. Models are built on the GPU in seconds.
 """
 
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,9 +30,11 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._inductor.config
 from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b
 from environment import environment
 
+from bbb_ao.passes.fold_norms import FoldNorms
 from bbb_ao.storage import footprint
 
 PROMPT, NEW_TOKENS = 256, 256
@@ -76,13 +84,14 @@ def capture(call: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(model: Any, batch: int, runs: int, seed: int, profile: bool) -> dict[str, object]:
+def measure(model: Any, batch: int, runs: int, seed: int, fold: int, profile: bool) -> dict[str, object]:
     """Median and extremes of `runs` whole generations, after one that does not count."""
     torch._dynamo.reset()
     generator = torch.Generator("cuda").manual_seed(seed)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(0, vocabulary, (batch, PROMPT), device="cuda", generator=generator)
-    decoder = Decoder(model, prompt, NEW_TOKENS, compiled=True)
+    options = {"post_grad_custom_pre_pass": FoldNorms()} if fold else None
+    decoder = Decoder(model, prompt, NEW_TOKENS, compiled=True, options=options, span=max(1, fold))
     start = time.perf_counter()
     prefill, step = capture(decoder.prefill), capture(decoder.step)
     compiled = time.perf_counter() - start
@@ -145,21 +154,28 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inductor-pdl", action="store_true")
+    parser.add_argument("--inductor-combo", action="store_true")
+    parser.add_argument("--fold", type=int, nargs="?", const=8, default=0, metavar="BLOCKS")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("decode: expected an NVIDIA GPU, found none", file=sys.stderr)
         return 5
+    torch._inductor.config.triton.enable_pdl = arguments.inductor_pdl
+    torch._inductor.config.combo_kernels = arguments.inductor_combo
     rows: list[dict[str, object]] = []
     where = environment(arguments.seed)
     settings = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "layers": arguments.layers, "runs": arguments.runs}
+    settings |= {"inductor_pdl": arguments.inductor_pdl, "inductor_combo": arguments.inductor_combo}
+    settings |= {"fold": arguments.fold, "own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
     for impl in arguments.impl:
         start = time.perf_counter()
         model, size = build_measured(impl, arguments.layers, arguments.seed)
         built = time.perf_counter() - start
         print(f"{impl}: built in {built:.1f} s, {size['weight_bytes']:,} bytes, {size['bits_per_weight']:.3f} bits")
         for batch in arguments.batch:
-            row = measure(model, batch, arguments.runs, arguments.seed, arguments.profile)
+            row = measure(model, batch, arguments.runs, arguments.seed, arguments.fold, arguments.profile)
             print(
                 f"{impl:12} batch {batch:3}: {row['tokens_per_second']:9.1f} tokens/s "
                 f"({row['low']:.1f} to {row['high']:.1f}), steps alone {row['step_tokens_per_second']:9.1f}, "

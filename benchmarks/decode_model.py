@@ -1,9 +1,9 @@
 """A Llama with random weights, packed or not, and its greedy decoding loop as two functions without host work.
 
 `Decoder.prefill` and `Decoder.step` read and write tensors that stay in place, so that each can be captured in a CUDA
-graph. A step is three compiled functions: the start, one for all blocks (which differ in their tensors only), the tail.
-A block ends with the next block's first norm, so that Inductor fuses it with the sum of the residual stream, as it does
-when it sees the whole model. Every implementation runs this same loop.
+graph. A step is three compiled functions: the start, one for a number of blocks (which differ in their tensors only),
+the tail. A block ends with the next block's first norm, so that Inductor fuses it with the sum of the residual stream,
+as it does when it sees the whole model. Every implementation runs this same loop.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def llama_3_8b(layers: int = 32) -> LlamaConfig:
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attention over a static cache: the flash kernel for a prompt, plain sums for one token, which Inductor fuses.
+    """Attention over a static cache: the flash kernel for a prompt, batched products for one token.
 
     Args:
         query: [batch, heads, tokens, head_dim]; key, value: [batch, key-value heads, length, head_dim].
@@ -61,11 +61,10 @@ def attention(
         prompt = (query, key[:, :, :tokens], value[:, :, :tokens])
         y = F.scaled_dot_product_attention(*prompt, is_causal=True, scale=settings["scaling"], enable_gqa=True)
         return y.transpose(1, 2), None
-    grouped = query.view(batch, key.shape[1], -1, 1, size).float() * settings["scaling"]
-    scores = (grouped * key.unsqueeze(2)).sum(-1)
-    shares = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1)
-    y = (shares.unsqueeze(-1) * value.unsqueeze(2)).sum(-2)
-    return y.to(query.dtype).view(batch, 1, heads, size), None
+    # Heads that share keys and values are the rows of a product.
+    scores = query.view(batch, key.shape[1], -1, size) @ key.transpose(-1, -2)
+    scores = (scores.float() * settings["scaling"]).masked_fill(~attention_mask, float("-inf"))
+    return (scores.softmax(-1).to(value.dtype) @ value).view(batch, 1, heads, size), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -138,13 +137,24 @@ class LayerCache:
 class Decoder:
     """Greedy decoding of one batch.
 
+    Args:
+        compiled: whether a step is compiled, with `options` for torch.compile.
+        span: blocks that are compiled as one function.
     Attributes:
         prompt: int64 [batch, prompt tokens]; output: int64 [batch, prompt + new tokens], of which `prefill` writes the
             first new token and each `step` the next one.
     """
 
-    def __init__(self, model: Any, prompt: Tensor, new_tokens: int, compiled: bool) -> None:
-        self.model, self.prompt = model, prompt
+    def __init__(
+        self,
+        model: Any,
+        prompt: Tensor,
+        new_tokens: int,
+        compiled: bool,
+        options: dict[str, Any] | None = None,
+        span: int = 1,
+    ) -> None:
+        self.model, self.prompt, self.span = model, prompt, span
         model.config._attn_implementation = ATTENTION
         batch, tokens = prompt.shape
         length, device = tokens + new_tokens, prompt.device
@@ -164,9 +174,9 @@ class Decoder:
             block.self_attn.layer_idx = 0
 
         def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
+            return torch.compile(function, fullgraph=True, dynamic=False, options=options) if compiled else function
 
-        self.start, self.block, self.tail = map(compile_, (start_token, run_block, choose_token))
+        self.start, self.blocks, self.tail = map(compile_, (start_token, run_blocks, choose_token))
 
     @torch.no_grad()
     def prefill(self) -> None:
@@ -174,19 +184,20 @@ class Decoder:
         place = self.places[: self.prompt.shape[1]]
         state = start_token(self.model.model, self.norms[0], self.prompt, place)
         self.position.fill_(self.prompt.shape[1] - 1)
-        self._finish(run_block, choose_token, state, None, self.prompt_caches)
+        self._finish(run_blocks, choose_token, state, None, self.prompt_caches)
 
     @torch.no_grad()
     def step(self) -> None:
         """Read the last token and choose the next one."""
         state = self.start(self.model.model, self.norms[0], self.token, self.position)
         mask = self.places.view(1, 1, 1, -1) <= self.position
-        self._finish(self.block, self.tail, state, mask, self.caches)
+        self._finish(self.blocks, self.tail, state, mask, self.caches)
 
-    def _finish(self, block: Callable, tail: Callable, state: tuple, mask: Tensor | None, caches: list) -> None:
+    def _finish(self, blocks: Callable, tail: Callable, state: tuple, mask: Tensor | None, caches: list) -> None:
         hidden, normed, rotary = state
-        for module, norm, cache in zip(self.model.model.layers, self.norms[1:], caches, strict=True):
-            hidden, normed = block(module, norm, hidden, normed, rotary, mask, cache)
+        parts = list(zip(self.model.model.layers, self.norms[1:], caches, strict=True))
+        for first in range(0, len(parts), self.span):
+            hidden, normed = blocks(parts[first : first + self.span], hidden, normed, rotary, mask)
         tail(self.model.lm_head, normed, self.token, self.output, self.position)
 
 
@@ -198,16 +209,18 @@ def start_token(
     return hidden, norm(hidden), model.rotary_emb(hidden, position.unsqueeze(0))
 
 
-def run_block(
-    module: Any, norm: nn.Module, hidden: Tensor, normed: Tensor, rotary: tuple, mask: Tensor | None, cache: LayerCache
+def run_blocks(
+    parts: list[tuple[Any, nn.Module, LayerCache]], hidden: Tensor, normed: Tensor, rotary: tuple, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A decoder block and the norm behind it: `normed` is the block's own first norm of `hidden`, computed before."""
-    attended, _ = module.self_attn(
-        hidden_states=normed, position_embeddings=rotary, attention_mask=mask, past_key_values=cache
-    )
-    hidden = hidden + attended
-    hidden = hidden + module.mlp(module.post_attention_layernorm(hidden))
-    return hidden, norm(hidden)
+    """Decoder blocks, each with the norm behind it; `normed` is the first block's own first norm of `hidden`."""
+    for module, norm, cache in parts:
+        attended, _ = module.self_attn(
+            hidden_states=normed, position_embeddings=rotary, attention_mask=mask, past_key_values=cache
+        )
+        hidden = hidden + attended
+        hidden = hidden + module.mlp(module.post_attention_layernorm(hidden))
+        normed = norm(hidden)
+    return hidden, normed
 
 
 def choose_token(head: nn.Module, normed: Tensor, token: Tensor, output: Tensor, position: Tensor) -> None:

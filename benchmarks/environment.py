@@ -22,8 +22,8 @@ def environment(seed: int) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": package_version("triton"),
+        "transformers": package_version("transformers"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "commit": commit(),
@@ -31,7 +31,8 @@ def environment(seed: int) -> dict[str, object]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -2,15 +2,17 @@
 
     . benchmarks/gpu_setup.sh; python benchmarks/gpu_tests.py [FOLDER]
 
-Writes gpu_tests.json (device, versions, commit, counts, seconds) and gpu_tests.log into FOLDER, which is $OUT or
-benchmarks/results where it is not given. compute-sanitizer does not run on every machine: where it cannot check a
-program that only touches the GPU, the summary says so and why, and the tests alone decide the exit status.
+WORKERS in the environment is the number of processes, 12 by default. Writes gpu_tests.json (device, versions, commit,
+counts, seconds) and gpu_tests.log into FOLDER, which is $OUT or benchmarks/results where it is not given.
+compute-sanitizer does not run on every machine: where it cannot check a program that only touches the GPU, the summary
+says so and why, and the tests alone decide the exit status.
 """
 
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,32 +23,39 @@ from environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = [folder for folder in ("tests/gpu", "tests/kernels") if (ROOT / folder).is_dir()]
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-p", "no:cacheprovider", "-rfE"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-p", "no:cacheprovider", "-p", "failures", "-rfE"]
 CHECKER = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86"]
 PROBE = [sys.executable, "-c", "import torch; print(torch.ones(3, device='cuda').sum().item())"]
 TEST_SECONDS, CHECKER_SECONDS, PROBE_SECONDS = 270, 90, 30
+STUCK_SECONDS = 100  # a test that takes longer has its stack printed
 # Compiling kernels takes most of the time, and every worker compiles its own.
-WORKERS = 12
+WORKERS = int(os.environ.get("WORKERS", "12"))
+# Compiles without a GPU, each worker all kernels; CI runs it.
+LEFT_OUT = ["--ignore", "tests/kernels/test_gpu_compile.py"]
+# Tests choose settings of their own; tuning every small shape would compile each kernel many times.
+UNTUNED = {"BBB_AO_TUNING": "off"}
 
 
 def run(command: list[str], seconds: float, log: Path, **variables: str) -> tuple[int, str, float]:
     """(exit status, output, seconds); 124 where it ran out of time. The output is also added to `log`."""
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        caught = error.stdout or b""
-        status, output = 124, caught.decode(errors="replace") if isinstance(caught, bytes) else caught
+    path = os.pathsep.join(filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, status = process.communicate()[0], 124
     with log.open("a") as file:
         file.write(f"$ {' '.join(command).replace(sys.executable, 'python')}\n{output}\nexit status {status}\n\n")
     return status, output, round(time.monotonic() - start, 1)
@@ -68,7 +77,8 @@ def check_memory(log: Path) -> dict[str, object]:
     if status != 0 or "3.0" not in output:
         lines = [line for line in output.splitlines() if "rror" in line or "not supported" in line]
         return {"ran": False, "reason": lines[0].strip() if lines else f"the probe ended with status {status}"}
-    status, output, seconds = run([*CHECKER, *PYTEST, "-m", "memcheck", *SUITES], CHECKER_SECONDS, log, **apart)
+    command = [*CHECKER, *PYTEST, "-m", "memcheck", *LEFT_OUT, *SUITES]
+    status, output, seconds = run(command, CHECKER_SECONDS, log, **apart, **UNTUNED)
     summary = re.findall(r"ERROR SUMMARY: (\d+) error", output)
     errors = int(summary[-1]) if summary else None
     return {"ran": True, "status": status, "errors": errors, "seconds": seconds, **counts(output)}
@@ -82,7 +92,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "gpu_tests.log"
     log.write_text("")
-    status, output, seconds = run([*PYTEST, "-n", str(WORKERS), "--durations=10", *SUITES], TEST_SECONDS, log)
+    options = ["-n", str(WORKERS), "--durations=20", *LEFT_OUT, "-o", f"faulthandler_timeout={STUCK_SECONDS}"]
+    status, output, seconds = run([*PYTEST, *options, *SUITES], TEST_SECONDS, log, **UNTUNED)
     print(output[-6000:], flush=True)
     memory = check_memory(log)
     summary = {

@@ -63,7 +63,7 @@ def write_tokens(arguments: argparse.Namespace) -> None:
 
 def write_generated(arguments: argparse.Namespace) -> None:
     """Let the full-precision model write sequences, seeded, and put them into the token file as "generated"."""
-    device, model = _device(), _load(arguments.model)
+    device, model = default_device(), load_model(arguments.model)
     tokens = load_file(arguments.tokens)
     start = time.perf_counter()
     prompts, given = draw(tokens["calibration"], arguments.sequences, arguments.length, arguments.seed), PROMPT
@@ -140,13 +140,8 @@ def run_one(
     student.to(device)
     for width in sorted({*last.widths, *between}, reverse=True):
         set_training_bits(student, width, last.act_bits)
-        figures = {
-            f"{key.removeprefix('evaluate.')}_ppl": perplexity(student, windows.long(), 8, device)
-            for key, windows in tokens.items()
-            if key.startswith("evaluate.")
-        }
         labels = {"method": method_of(name), "recipe": name, "weight_bits": width, "act_bits": last.act_bits}
-        rows.append({**labels, **figures, "bits_per_weight": None, **shared})
+        rows.append({**labels, **measure(student, tokens, device), "bits_per_weight": None, **shared})
     # float32 scales, of studies, have no packed form.
     if name not in REFERENCES and recipe.grid.scale_format == "e4m3":
         packed = convert_model(student.cpu(), last.widths[0])
@@ -155,9 +150,18 @@ def run_one(
     return rows
 
 
+def measure(model: Any, tokens: dict[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    """`NAME_ppl` of every text of a token file; `model` is on `device`."""
+    return {
+        f"{key.removeprefix('evaluate.')}_ppl": perplexity(model, windows.long(), 8, device)
+        for key, windows in tokens.items()
+        if key.startswith("evaluate.")
+    }
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Run line by line in this process; results are appended to the output after each."""
-    device, model = _device(), _load(arguments.model)
+    device, model = default_device(), load_model(arguments.model)
     tokens, label = load_file(arguments.tokens), Path(arguments.tokens).name
     output = Path(arguments.output)
     rows = read_rows(output)
@@ -279,11 +283,11 @@ def _mean(rows: list[dict[str, Any]], key: str, form: str, unit: float = 1) -> s
     return format(sum(values) / len(values), form) if values else "-"
 
 
-def _device() -> torch.device:
+def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(directory: str) -> Any:
+def load_model(directory: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -9,6 +9,7 @@ is calibrated on and the text it is judged on never share a module. This file im
 `benchmarks/train_demo_model.py` loads it without the rest of the package.
 """
 
+import argparse
 import json
 import os
 import re
@@ -121,8 +122,11 @@ def _write_lines(path: Path, texts: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    folder = sys.argv[1] if len(sys.argv) == 2 else sys.exit("usage: python -m bbb_ao.demo.stdlib_corpus FOLDER")
+    program, text = "python -m bbb_ao.demo.stdlib_corpus", "Write the standard library's source as text to train on."
+    parser = argparse.ArgumentParser(prog=program, description=text)
+    parser.add_argument("folder", help=f"gets {CALIBRATION_FILE} and {HELD_OUT_FILE}, which must not be there")
+    folder = parser.parse_args().folder
+    for present in filter(Path.exists, (Path(folder, CALIBRATION_FILE), Path(folder, HELD_OUT_FILE))):
+        parser.error(f"{present}: expected no such file, found one; fix: name another folder, or remove it")
     for written in write_corpus(folder):
         print(written)

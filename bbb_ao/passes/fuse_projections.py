@@ -5,7 +5,7 @@ modules share the product.
 
 Why here and not in a pass of the compiler: modules that hand over one tensor give one product in eager mode, under any
 backend of torch.compile, in `generate`, which compiles by itself, and in torch.export; Inductor has a single slot for
-passes of users, which is global, and does not merge equal calls in inference. Why views of one weight: nothing is
+passes of users, and does not merge equal calls in inference. Why views of one weight: nothing is
 stored twice, taking it back is free, and the checkpoint does not know of it.
 """
 

@@ -1,6 +1,8 @@
 """The demo's text: the same rule everywhere, and no module on both sides of the split."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,13 @@ def test_written_files_hold_every_document_once(tmp_path: Path) -> None:
 def test_folder_without_source_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="found none"):
         find_documents(tmp_path)
+
+
+def test_the_command_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "held_out.jsonl").write_text("mine")
+    command = [sys.executable, "-m", "bbb_ao.demo.stdlib_corpus", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "held_out.jsonl: expected no such file" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["held_out.jsonl"]
+    assert (tmp_path / "held_out.jsonl").read_text() == "mine"

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, Static
 from bbb_ao import fuse_projections, pack_head, set_bits, unfuse_projections
 from bbb_ao.convert import convert_model
 from bbb_ao.packed_linear import packed_linears
+from bbb_ao.passes.fold_norms import FoldNorms
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.prepare import prepare_student
 from bbb_ao.recipes.stages import Recipe, Split, Stage
@@ -90,6 +91,18 @@ def test_compiled_and_replayed_equals_eager(model, mode: str | None, fused: bool
     compiled = torch.compile(twin, mode=mode, fullgraph=True, dynamic=False)
     for seed in range(4):
         ids = (make_ids() + seed) % 512
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(logits(compiled, ids), logits(twin, ids), **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 9)])
+def test_norms_in_products_equal_eager(model, shape: tuple[int, int]) -> None:
+    twin = own(model)
+    torch._dynamo.reset()
+    options = {"post_grad_custom_pre_pass": FoldNorms(), "triton.cudagraphs": True}
+    compiled = torch.compile(twin, fullgraph=True, dynamic=False, options=options)
+    for seed in range(4):
+        ids = (make_ids(*shape) + seed) % 512
         torch.compiler.cudagraph_mark_step_begin()
         torch.testing.assert_close(logits(compiled, ids), logits(twin, ids), **CLOSE)
 

@@ -34,7 +34,6 @@ def use(choice: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     from bbb_ao.kernels.packed_linear_dynamic import cuda
 
     monkeypatch.setattr(cuda, "settings_for", lambda *_: choice)
-    monkeypatch.setattr(cuda, "INTEGER_DECODE", True)
 
 
 def call(case: Case, x: Tensor, bits: int, act_bits: int, act_half_step: bool, bias: Tensor | None = None) -> Tensor:

@@ -1,38 +1,61 @@
-"""Writes the PTX of the Gluon kernels for compute capability 9.0 into a folder: python compile_kernels.py FOLDER."""
+"""Writes PTX of packed layers' kernels for compute capability 9.0 into a folder: python compile_kernels.py FOLDER."""
 
 import sys
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from bbb_ao.kernels.fake_quantize.row_kernel import gathered_rows_kernel
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel
+from bbb_ao.kernels.packed_norm.decode import normed_decode_kernel
 
-CODES = {"ZB": 4, "H": 0.5, "EXPONENTS": False, "BIASED": True}
+CODES = {"ZB": 4, "H": 0.5, "EXPONENTS": False, "BIASED": True, "PDL": True}
 
 
-def ptx(kernel, signature: dict[str, str], constants: dict[str, object], warps: int) -> str:
+def ptx(
+    kernel, signature: dict[str, str], constants: dict[str, object], warps: int, source: type = GluonASTSource
+) -> str:
     names = kernel.arg_names
     types = {name: signature.get(name, "constexpr") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] in "*i"}
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = GluonASTSource(kernel, types, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+    made = source(kernel, types, values, aligned)
+    return triton.compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 
 def decode_signature(dtype: str) -> dict[str, str]:
     signature = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), f"*{dtype}")
     signature |= dict.fromkeys(("high_ptr", "mid_ptr", "low_ptr", "scale_ptr", "zero_ptr"), "*u8")
-    return signature | {"exponent_ptr": "*i32", "index_ptr": "*i32", "in_features": "i32", "N": "i32"}
+    return signature | {"exponent_ptr": "*i32", "index_ptr": "*i32", "in_features": "i32", "N": "i32", "fresh": "i32"}
+
+
+def decode_constants(bits: int) -> dict[str, object]:
+    shape = {"NB": 16, "M": 1, "TILES": 1, "WARPS": 4}
+    return {**CODES, **shape, "R": bits, "MASK": 2**bits - 1, "INDEXED": False}
 
 
 def decode(dtype: str, bits: int) -> str:
-    constants = {**CODES, "NB": 16, "R": bits, "MASK": 2**bits - 1, "M": 1, "INDEXED": False, "TILES": 1, "WARPS": 4}
-    return ptx(decode_kernel, decode_signature(dtype), constants, 4)
+    return ptx(decode_kernel, decode_signature(dtype), decode_constants(bits), 4)
+
+
+def residual(dtype: str, bits: int) -> str:
+    return _normed(dtype, bits, SQUARES=0, RESIDUAL=True)
+
+
+def normed(dtype: str, bits: int) -> str:
+    return _normed(dtype, bits, SQUARES=128, RESIDUAL=False)
+
+
+def _normed(dtype: str, bits: int, **flags: object) -> str:
+    signature = decode_signature(dtype) | {"eps": "fp32", "in_squares_ptr": "*fp32", "squares_ptr": "*fp32"}
+    signature |= dict.fromkeys(("residual_ptr", "norm_weight_ptr", "weighted_ptr"), f"*{dtype}")
+    return ptx(normed_decode_kernel, signature, {**decode_constants(bits), **flags}, 4)
 
 
 def dynamic(dtype: str, bits: int) -> str:
@@ -54,7 +77,7 @@ def matmul(dtype: str, bits: int) -> str:
         "parts_ptr": "*fp32",
         "count_ptr": "*i32",
     }
-    signature |= dict.fromkeys(("M", "N", "NB", "SHARE"), "i32")
+    signature |= dict.fromkeys(("M", "N", "NB", "SHARE", "fresh"), "i32")
     constants = {
         **CODES,
         "R": bits,
@@ -68,7 +91,15 @@ def matmul(dtype: str, bits: int) -> str:
     return ptx(matmul_kernel, signature, constants, 4)
 
 
+def rows(dtype: str, bits: int) -> str:
+    signature = {"x_ptr": f"*{dtype}", "index_ptr": "*i32", "out_ptr": f"*{dtype}"}
+    signature |= dict.fromkeys(("in_features", "groups", "fresh"), "i32")
+    flags = {"UP": bits > 4, "HALF": True, "SHORT": True, "INDEXED": True, "ONCE": bits < 8, "PDL": True}
+    constants = {**flags, "BITS": bits, "SPAN": 2.0**bits, "GROUP": 32, "COLUMNS": 32, "BLOCK": 128}
+    return ptx(gathered_rows_kernel, signature, constants, 8, ASTSource)
+
+
 if __name__ == "__main__":
     for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2)):
-        for build in (decode, dynamic, matmul):
+        for build in (decode, residual, normed, dynamic, matmul, rows):
             (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))

@@ -1,4 +1,4 @@
-"""The Gluon kernels compile for compute capability 9.0, without a GPU too, to the instructions that they rely on."""
+"""Kernels of packed layers compile for compute capability 9.0, without a GPU too, to the instructions they rely on."""
 
 import os
 import re
@@ -11,6 +11,72 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need Triton's compiler")
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
+# Places of each kernel's parameters in PTX: its weight and index, which a graph does not write, planes first.
+DECODE = {"planes": (1, 2, 3), "others": (4, 6, 7)}
+CONSTANTS = {
+    "decode": DECODE,
+    "residual": DECODE,
+    "normed": DECODE,
+    "dynamic": DECODE,
+    "matmul": {"planes": (5, 10, 15), "others": (20, 22)},
+    "rows": {"planes": (), "others": (1,)},
+}
+
+
+def blocks_of(text: str) -> tuple[list[list[str]], dict[str, int]]:
+    """(instructions of each basic block, in the order of the text; the block of each label)."""
+    blocks: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        line = line.split("//")[0].strip()
+        label = re.match(r"(\$\w+):", line)
+        if label:
+            blocks.append([])
+            labels[label[1]] = len(blocks) - 1
+        elif line and not line.startswith("."):
+            blocks[-1].append(line)
+            if re.search(r"\bbrx?\b|\bbra\b|\bret\b", line):
+                blocks.append([])
+    return blocks, labels
+
+
+def addresses(lines: list[str], pointers: set[str]) -> dict[str, set[int]]:
+    """The kernel's pointers and descriptors that each register is computed from, loaded values aside."""
+    roots: dict[str, set[int]] = {}
+    for _ in range(3):  # what goes round a loop stands still after two
+        for line in lines:
+            target, *sources = re.findall(r"%[a-z]+\d+", re.sub(r"^@!?%p\d+", "", line)) or [""]
+            if target and not re.search(r"\b(ld|st|atom|cp)\.(?!param)", line):
+                found = {int(number) for number in re.findall(r"_param_(\d+)", line) if number in pointers}
+                roots[target] = roots.get(target, set()).union(found, *(roots.get(each, set()) for each in sources))
+    return roots
+
+
+def before_waiting(text: str) -> list[tuple[str, set[int]]]:
+    """(instruction, parameters of its address) of global memory on a way from the start that passes no wait."""
+    blocks, labels = blocks_of(text)
+    pointers = set(re.findall(r"\.param .*(?:\.ptr|\.b8) .*_param_(\d+)", text))
+    roots = addresses([line for block in blocks for line in block], pointers)
+    found, seen, ways = [], set(), [0]
+    while ways:
+        place = ways.pop()
+        if place in seen or place >= len(blocks):
+            continue
+        seen.add(place)
+        ends = False
+        for line in blocks[place]:
+            if "griddepcontrol.wait" in line:
+                ends = True
+                break
+            if re.search(r"\b(ld|st|atom|red)\.global|cp\.async\.bulk", line):
+                inside = re.findall(r"\[([^\]]*)\]", line)
+                address = re.findall(r"%rd\d+", inside[1 if "cp." in line else 0])
+                found.append((line, roots[address[0]]))
+            ways += [labels[label] for label in re.findall(r"\$L_\w+", line)]
+            ends = ends or bool(re.match(r"(bra|brx|ret)\b", line))
+        if not ends:
+            ways.append(place + 1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +84,8 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """PTX of each kernel and setting, compiled in a process of its own: here Triton may be its interpreter."""
     folder = tmp_path_factory.mktemp("ptx")
     root = str(SCRIPT.parent.parent.parent)
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": root}
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, SCRIPT, folder], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {path.stem: path.read_text() for path in folder.glob("*.ptx")}
@@ -27,7 +94,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_every_kernel_and_width_compiles(ptx: dict[str, str]) -> None:
     assert set(ptx) == {
         f"{kind}_{dtype}_{bits}"
-        for kind in ("decode", "dynamic", "matmul")
+        for kind in CONSTANTS
         for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2))
     }
 
@@ -39,13 +106,22 @@ def test_nothing_lies_in_local_memory(ptx: dict[str, str]) -> None:
 
 def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
-        if name.startswith("decode"):
+        if name.startswith(("decode", "residual", "normed")):
             # One block of each lane's columns: 16 products for a tile of 16 rows and a warp's 512 columns, twice over.
             products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16", text))
             assert products == 32, (name, products)
             planes = {"2": 1, "4": 2, "8": 4}[name[-1]]
             wide = len(re.findall(r"ld\.global\.v4\.b32", text))
             assert wide >= 4 * planes, (name, wide)
+
+
+def test_what_follows_the_products_waits_for_no_memory(ptx: dict[str, str]) -> None:
+    for name, text in ptx.items():
+        kind, _, setting = name.partition("_")
+        if kind in ("residual", "normed"):
+            assert "ld.global" not in text[text.rindex("mma.sync") :], name
+            # The norm of a row is summed within each warp: warps exchange nothing but the products' sums.
+            assert text.count("bar.sync") == ptx[f"decode_{setting}"].count("bar.sync"), name
 
 
 def test_quantized_activations_multiply_as_integers(ptx: dict[str, str]) -> None:
@@ -65,3 +141,31 @@ def test_the_hopper_kernel_multiplies_with_wgmma_and_copies_ahead(ptx: dict[str,
             assert "cp.async.bulk.tensor.2d" in text, name
             # The last of a tile's programs sees what the others wrote.
             assert len(re.findall(r"atom\.global\.gpu\.acq_rel\.add\.u32", text)) == 2, name
+
+
+def test_only_constants_are_read_before_the_launches_before_are_complete(ptx: dict[str, str]) -> None:
+    for name, text in ptx.items():
+        kind, _, bits = name.split("_")
+        planes, others = CONSTANTS[kind]["planes"], CONSTANTS[kind]["others"]
+        found = before_waiting(text)
+        for instruction, parameters in found:
+            assert re.search(r"\bld\.global|cp\.async\.bulk\.tensor", instruction), (name, instruction)
+            assert parameters, (name, instruction)
+            assert parameters <= {*planes, *others}, (name, instruction, parameters)
+        # The first tile of each plane that is read, its scales and zero offsets, or the index are under way by then.
+        read = set().union(*(parameters for _, parameters in found))
+        stored = {"2": 1, "4": 2, "8": 3}[bits]
+        expected = {*planes[:stored], *others} - ({7} if CONSTANTS[kind] is DECODE else set())
+        assert read == expected, (name, read)
+
+
+def test_the_next_launch_may_start_before_this_one_waits(ptx: dict[str, str]) -> None:
+    for name, text in ptx.items():
+        assert text.count("griddepcontrol.launch_dependents") == 1, name
+        if name.startswith("matmul"):
+            # There the warp that copies does it, behind its last copy.
+            continue
+        start, _ = text.split("griddepcontrol.launch_dependents")
+        # The wait for a weight that may just have been written is the only one before, and a branch skips it.
+        assert start.count("griddepcontrol.wait") == 1, name
+        assert not re.search(r"\.global\.|cp\.async", start.split(".entry")[1].split("{", 1)[1]), name

@@ -9,6 +9,7 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.fake_quantize import row_kernel, triton_kernels
 from bbb_ao.kernels.fake_quantize.reference import SCALE_UP_BITS
 
@@ -161,6 +162,7 @@ def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, g
             ONCE=block >= groups,
             enable_fp_fusion=False,
             num_warps=max(WARPS, min(16, block * columns // 512)),
+            **dependent_launch(x.device),
         )
     return out
 

@@ -5,6 +5,7 @@ The arithmetic is that of `triton_kernels`, values are the reference's bit for b
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
 from bbb_ao.kernels.fake_quantize.triton_kernels import (
     _closed_form_zero,
@@ -16,12 +17,19 @@ from bbb_ao.kernels.fake_quantize.triton_kernels import (
 
 
 @triton.jit
-def _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
-    """(row[index[column]] as float32, 0 where masked or padding; what is neither)."""
+def _source(index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
+    """(index[column], what of it is neither masked nor padding)."""
     if INDEXED:
         column = tl.load(index_ptr + column, mask=mask, other=in_features)
         mask = column < in_features
-    return tl.load(row_ptr + column, mask=mask, other=0.0).to(tl.float32), mask
+    return column, mask
+
+
+@triton.jit
+def _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
+    """(row[index[column]] as float32, 0 where masked or padding; what is neither)."""
+    source, present = _source(index_ptr, column, mask, in_features, INDEXED)
+    return tl.load(row_ptr + source, mask=present, other=0.0).to(tl.float32), present
 
 
 @triton.jit
@@ -47,13 +55,14 @@ def _write_activations(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fresh"])
 def gathered_rows_kernel(
     x_ptr,
     index_ptr,
     out_ptr,
     in_features,
     groups,
+    fresh,
     BITS: tl.constexpr,
     SPAN: tl.constexpr,
     HALF: tl.constexpr,
@@ -64,16 +73,25 @@ def gathered_rows_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token's activations, gathered by the index: out = step * level, 0 where the index says padding.
 
-    With ONCE a tile is the whole row, which is then read once and stays in registers.
+    With ONCE a tile is the whole row, which is then read once and stays in registers. What is read first is the index:
+    see `dependent_launch`.
     """
+    if PDL:
+        if fresh != 0:
+            gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     row_ptr, out_ptr = x_ptr + row * in_features, out_ptr + row * groups * GROUP
     group, element = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
     mask = (group < groups) & (element < GROUP)
-    x, present = _gather(row_ptr, index_ptr, group * GROUP + element, mask, in_features, INDEXED)
+    source, present = _source(index_ptr, group * GROUP + element, mask, in_features, INDEXED)
+    if PDL:
+        gdc_wait()
+    x = tl.load(row_ptr + source, mask=present, other=0.0).to(tl.float32)
     _, _, largest, _ = _span_scale(x, SPAN, HALF, False, True)
     if not ONCE:
         for first in range(BLOCK, groups, BLOCK):

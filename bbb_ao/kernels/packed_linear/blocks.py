@@ -2,8 +2,30 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bbb_ao.kernels.packed_linear import ptx
+
+
+@gluon.jit
+def start_launch(fresh, PDL: gl.constexpr):
+    """The first step of `dependent_launch`: what follows reads constants alone."""
+    if PDL and fresh != 0:
+        gdc_wait()
+
+
+@gluon.jit
+def let_next_launch(PDL: gl.constexpr):
+    """The next launch may start when all programs got here (`dependent_launch`)."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@gluon.jit
+def wait_for_launches(PDL: gl.constexpr):
+    """What follows may read and write anything (`dependent_launch`)."""
+    if PDL:
+        gdc_wait()
 
 
 @gluon.constexpr_function
@@ -128,16 +150,33 @@ def gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.constex
 
 
 @gluon.jit
-def finished(y, exponent_ptr, bias_ptr, rows, N, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
-    """y * 2**(exponent + 2 - R) + bias in float32, for sums y of these rows of the weight."""
+def row_factors(exponent_ptr, rows, N, R: gl.constexpr, EXPONENTS: gl.constexpr):
+    """2**(exponent + 2 - R) of these rows of the weight, float32; one number if they share an exponent."""
     if EXPONENTS:
         exponent = gl.load(exponent_ptr + rows, mask=rows < N, other=0)
     else:
         exponent = gl.load(exponent_ptr)
     # 2**n as the bits of a float32.
-    y *= ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
+    return ((exponent + (127 + 2 - R)) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def finished(y, exponent_ptr, bias_ptr, rows, N, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
+    """y * 2**(exponent + 2 - R) + bias in float32, for sums y of these rows of the weight."""
+    y *= row_factors(exponent_ptr, rows, N, R, EXPONENTS)
     if BIASED:
         y += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+    return y
+
+
+@gluon.jit
+def row_sums(total, M: gl.constexpr, UNIT: gl.constexpr):
+    """One tile summed over columns and warps in a fixed order: for each of M rows of x, [16] float32."""
+    if M == 1:
+        y = (gl.sum(gl.sum(total, 2), 0) * UNIT,)
+    else:
+        pairs = gl.sum(gl.sum(total.reshape([total.shape[0], 16, 4, 2]), 2), 0) * UNIT
+        y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
     return y
 
 
@@ -155,12 +194,8 @@ def store_tile(
     BIASED: gl.constexpr,
     UNIT: gl.constexpr,
 ):
-    """Sum one tile over columns and warps in a fixed order, scale, add the bias and write."""
-    if M == 1:
-        y = (gl.sum(gl.sum(total, 2), 0) * UNIT,)
-    else:
-        pairs = gl.sum(gl.sum(total.reshape([total.shape[0], 16, 4, 2]), 2), 0) * UNIT
-        y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
+    """Sum one tile, scale, add the bias and write."""
+    y = row_sums(total, M, UNIT)
     for m in gl.static_range(M):
         rows = first + gl.arange(0, 16, layout=y[m].type.layout)
         value = finished(y[m], exponent_ptr, bias_ptr, rows, N, R, EXPONENTS, BIASED)

@@ -4,6 +4,7 @@ Launches of one stream follow each other, so they share counters. A captured lau
 capturing stream may run side by side.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -12,9 +13,25 @@ from torch import Tensor
 POOL = 2**20  # counters kept ready for captured launches
 
 
+def _lasting_zeros(size: int, device: int) -> Tensor:
+    """int32 zeros, written, that are in no graph's pool of memory.
+
+    Before it captures a graph, torch.compile sends all that its thread allocates to the graph's pool, where nothing may
+    outlive a run. So another thread allocates these.
+    """
+
+    def allocate() -> Tensor:
+        zeros = torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}")
+        torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(allocate).result()
+
+
 @cache
 def _of_stream(device: int, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}")
+    return _lasting_zeros(size, device)
 
 
 @cache
@@ -31,8 +48,7 @@ def zeroed_counts(size: int, device: int) -> Tensor:
     pool = _pools(device)
     if not torch.cuda.is_current_stream_capturing():
         if not pool or pool[0].numel() < POOL // 2:
-            pool[:] = [torch.zeros(POOL, dtype=torch.int32, device=f"cuda:{device}")]
-            torch.cuda.current_stream().synchronize()
+            pool[:] = [_lasting_zeros(POOL, device)]
         # Few sizes, so that growing layers keep no buffer each.
         return _of_stream(device, torch.cuda.current_stream().cuda_stream, 1 << max(12, (size - 1).bit_length()))
     if not pool or pool[0].numel() < size:

@@ -7,14 +7,15 @@ The rule, with M rows of x:
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
 The first two take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
-bits, planes at an address that 16 divides, and slices that need no rounding (the half-step grid, or every stored bit);
-other layers always take the third way.
+bits, contiguous planes, scales and zero offsets, planes at an address that 16 divides, and slices that need no rounding
+(the half-step grid, or every stored bit); other layers always take the third way.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
 # Triton types a launch as a call of the Python function.
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.packed_linear.counts import zeroed_counts
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
@@ -44,7 +46,17 @@ ROW_TILES = (16, 32, 64, 128, 256)
 PROGRAMS = {16: (3, 56, 72), 32: (2, 80, 104), 64: (2, 80, 104), 128: (1, 168, 240), 256: (1, 168, 240)}
 SHARED_BYTES = 227 * 1024
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
-DECODE_SETTINGS: list[Settings] = [(1, 4, 0), (1, 4, 128), (1, 8, 128), (1, 8, 0), (1, 2, 0), (1, 2, 128), (2, 8, 0)]
+DECODE_SETTINGS: list[Settings] = [
+    (1, 4, 0),
+    (1, 4, 96),
+    (1, 4, 128),
+    (1, 8, 0),
+    (1, 8, 128),
+    (1, 16, 0),
+    (2, 4, 0),
+    (2, 8, 0),
+    (2, 8, 128),
+]
 
 
 def packed_linear_cuda(
@@ -79,8 +91,7 @@ def multiply(
 ) -> Tensor:
     """`packed_linear_cuda` on operands that were checked."""
     high = planes[0]
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
+    rows = aligned_rows(x)
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
     fits = fits_kernels(x.dtype, planes, scales, settings, capability)
@@ -91,6 +102,28 @@ def multiply(
     if kernel == "warpgroup":
         return warpgroup_linear(expand_input(rows, index), planes, scales, bias, settings).view(shape)
     return dequantized_linear(x, planes, scales, index, bias, settings)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x as [rows, in_features], contiguous, at an address that kernels can read whole tiles from."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
+
+
+def runs_decode_once(
+    x: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    settings: tuple[int, int, bool, int],
+) -> bool:
+    """Whether x, [..., in_features], has one or two rows and `decode` takes this layer."""
+    capability = torch.cuda.get_device_capability(x.device)
+    rows = x.numel() // max(1, x.shape[-1])
+    return (
+        0 < rows <= DECODE_ROWS
+        and planes[0].shape[0] > 0
+        and fits_kernels(x.dtype, planes, scales, settings, capability)
+    )
 
 
 def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
@@ -126,7 +159,9 @@ def fits_kernels(
         and (half_step or bits >= stored_bits(*planes[1:]))
         and all(plane is None or (plane.is_contiguous() and plane.data_ptr() % ALIGNMENT == 0) for plane in planes)
         # Those of a block are read as one word.
+        and scale.is_contiguous()
         and scale.data_ptr() % 4 == 0
+        and (zero_point is None or zero_point.is_contiguous())
         and (zero_point is None or zero_point.data_ptr() % max(1, zero_point_bits // 2) == 0)
         and capability >= (8, 9)
     )
@@ -168,9 +203,9 @@ def kernel_pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales:
         high,
         high if mid is None else mid,
         high if low is None else low,
-        scale.contiguous(),
+        scale,
         exponent,
-        scale if zero_point is None else zero_point.contiguous(),
+        scale if zero_point is None else zero_point,
     )
 
 
@@ -181,8 +216,16 @@ def decode_linear(
     index: Tensor | None,
     bias: Tensor | None,
     settings: tuple[int, int, bool, int],
+    name: str = "decode",
+    kernel: Any = decode_kernel,
+    **more: object,
 ) -> Tensor:
-    """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features]."""
+    """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features].
+
+    Args:
+        name: of what is launched, among tuned settings.
+        kernel: one that takes the arguments of `decode_kernel` and these `more`.
+    """
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count)
     codes = kernel_codes(planes, settings)
@@ -196,7 +239,7 @@ def decode_linear(
 
     def run(choice: Settings) -> None:
         tiles, warps, registers = choice
-        decode_kernel[(triton.cdiv(count, 16 * tiles),)](
+        kernel[(triton.cdiv(count, 16 * tiles),)](
             *arguments,
             rows.shape[1],
             count,
@@ -209,10 +252,12 @@ def decode_linear(
             TILES=tiles,
             WARPS=warps,
             num_warps=warps,
+            **dependent_launch(rows.device),
             **({"maxnreg": registers} if registers else {}),
+            **more,
         )
 
-    key = f"decode {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
+    key = f"{name} {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
     with torch.cuda.device(rows.device):
         run(settings_for(key, DECODE_SETTINGS, run, rows.get_device()))
     return y
@@ -292,6 +337,7 @@ def warpgroup_linear(
             REGISTERS=registers,
             num_warps=4,
             maxnreg=most,
+            **dependent_launch(columns.device),
         )
 
     device = columns.get_device()

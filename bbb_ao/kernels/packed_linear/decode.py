@@ -26,7 +26,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, gather, load_tile, quad_places, store_tile, tile_places
+from bbb_ao.kernels.packed_linear.blocks import (
+    assemble,
+    gather,
+    let_next_launch,
+    load_tile,
+    quad_places,
+    start_launch,
+    store_tile,
+    tile_places,
+    wait_for_launches,
+)
 
 
 @gluon.constexpr_function
@@ -182,18 +192,39 @@ def _add_flush(
     return total + factor * (acc - offset * sums[FLUSH])
 
 
+@gluon.constexpr_function
+def accumulator_layout(warps):
+    """[warps, 16 rows of the weight, 8 columns]; each warp has products of its own."""
+    return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+
+
+@gluon.constexpr_function
+def code_unit(dtype):
+    """What a code counts in a product: a subnormal bfloat16 2**-133 less the activation's 2**64, a float16 2**-24."""
+    return 2.0**-69 if dtype == gl.bfloat16 else 2.0**-24
+
+
 @gluon.jit
-def decode_kernel(
+def start_tiles(
+    weight, N, NB: gl.constexpr, R: gl.constexpr, ZB: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr
+):
+    """(a program's first row of the weight, places in a tile, planes and packed scales of the first tile).
+
+    Nothing but constants is read.
+    """
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(WARPS), 16)
+    places = tile_places(8, WARPS, a_layout)
+    first = gl.program_id(0) * 16 * TILES
+    planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int16)
+    return first, places, planes, packed
+
+
+@gluon.jit
+def tile_totals(
+    started,
+    weight,
     x_ptr,
-    high_ptr,
-    mid_ptr,
-    low_ptr,
-    scale_ptr,
-    exponent_ptr,
-    zero_ptr,
     index_ptr,
-    bias_ptr,
-    y_ptr,
     in_features,
     N,
     NB: gl.constexpr,
@@ -202,31 +233,24 @@ def decode_kernel(
     H: gl.constexpr,
     ZB: gl.constexpr,
     M: gl.constexpr,
-    EXPONENTS: gl.constexpr,
     INDEXED: gl.constexpr,
-    BIASED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """y[m, n] for M = 1 or 2 rows of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 16)
+    """Sums of each of a program's tiles, for `row_sums`, from what `start_tiles` gave."""
+    acc_layout: gl.constexpr = accumulator_layout(WARPS)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 16)
-    # A subnormal bfloat16 counts 2**-133, a subnormal float16 2**-24.
-    UNITS: gl.constexpr = 2.0**-69 if x_ptr.dtype.element_ty == gl.bfloat16 else 2.0**-24
+    UNITS: gl.constexpr = code_unit(x_ptr.dtype.element_ty)
     ITERATIONS: gl.constexpr = (NB + 4 * WARPS - 1) // (4 * WARPS)
-    places = tile_places(8, WARPS, a_layout)
+    first, places, planes, packed = started
     bw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))[:, None, None]
     bk = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
     bc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
     b_block, b_word = quad_places(bk, 8)
-    first = gl.program_id(0) * 16 * TILES
     zeros = gl.zeros([WARPS, 16, 8], gl.float32, layout=acc_layout)
     totals = ()
     for _ in gl.static_range(TILES):
         totals = totals + (zeros,)
-    weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
-    planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int16)
     for it in gl.static_range(ITERATIONS):
         base = it * WARPS * 4
         operands = _block_diagonal(
@@ -258,7 +282,48 @@ def decode_kernel(
                 total = _add_flush(total, words, scale, zero, operands, sums, x_ptr, flush, R, MASK, H, ZB, M)
             added = added + (total,)
         totals = added
+    return totals
+
+
+@gluon.jit(do_not_specialize=["fresh"])
+def decode_kernel(
+    x_ptr,
+    high_ptr,
+    mid_ptr,
+    low_ptr,
+    scale_ptr,
+    exponent_ptr,
+    zero_ptr,
+    index_ptr,
+    bias_ptr,
+    y_ptr,
+    in_features,
+    N,
+    fresh,
+    NB: gl.constexpr,
+    R: gl.constexpr,
+    MASK: gl.constexpr,
+    H: gl.constexpr,
+    ZB: gl.constexpr,
+    M: gl.constexpr,
+    EXPONENTS: gl.constexpr,
+    INDEXED: gl.constexpr,
+    BIASED: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """y[m, n] for M = 1 or 2 rows of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
+    start_launch(fresh, PDL)
+    let_next_launch(PDL)
+    weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
+    started = start_tiles(weight, N, NB, R, ZB, TILES, WARPS)
+    wait_for_launches(PDL)
+    totals = tile_totals(
+        started, weight, x_ptr, index_ptr, in_features, N, NB, R, MASK, H, ZB, M, INDEXED, TILES, WARPS
+    )
+    UNIT: gl.constexpr = 1.0 / code_unit(x_ptr.dtype.element_ty)
     for tile in gl.static_range(TILES):
         store_tile(
-            totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, M, EXPONENTS, BIASED, 1.0 / UNITS
+            totals[tile], y_ptr, exponent_ptr, bias_ptr, started[0] + 16 * tile, N, R, M, EXPONENTS, BIASED, UNIT
         )

@@ -27,7 +27,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, finished, load_scales
+from bbb_ao.kernels.packed_linear.blocks import (
+    assemble,
+    finished,
+    let_next_launch,
+    load_scales,
+    start_launch,
+    wait_for_launches,
+)
 
 # Triton 3.9 renamed it.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -85,33 +92,64 @@ def _decode_half(
 
 
 @gluon.jit
-def _produce(x_desc, planes, buffers, extent, R: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr):
-    """One warp: copy block after block into stages that every group of warps has freed."""
+def _copy_weights(
+    planes, buffers, extent, place, STAGES: gl.constexpr, bytes: gl.constexpr, R: gl.constexpr, GROUPS: gl.constexpr
+):
+    """Expect `bytes` in the stage of a place in the row of blocks, and copy its planes there."""
     high_desc, mid_desc, low_desc = planes
-    xs, ws, ready, free = buffers
-    start, end, NB, row_tiles = extent
-    bytes: gl.constexpr = 2 * x_desc.block_type.nbytes + GROUPS * (R // 2) * high_desc.block_type.nbytes
-    for place in range(start, end):
-        block = place % NB
-        tile = place // NB
-        m = tile // row_tiles * x_desc.block_type.shape[0]
+    _, ws, ready, _ = buffers
+    start, _, NB, row_tiles = extent
+    block = place % NB
+    tile = place // NB
+    stage = (place - start) % STAGES
+    barrier = ready.index(stage)
+    mbarrier.expect(barrier, bytes)
+    for group in gl.static_range(GROUPS):
+        n = tile % row_tiles * 64 * GROUPS + 64 * group
+        slot = (stage * GROUPS + group) * (R // 2)
+        _copy(high_desc, [n, block * 16], barrier, ws.index(slot))
+        if R > 2:
+            _copy(mid_desc, [n, block * 16], barrier, ws.index(slot + 1))
+        if R > 4:
+            for half in gl.static_range(2):
+                words = [n, block * 32 + 16 * half]
+                _copy(low_desc, words, barrier, ws.index(slot + 2 + half))
+
+
+@gluon.jit
+def _copy_activations(x_desc, buffers, extent, place, STAGES: gl.constexpr):
+    """Copy the activations of a place in the row of blocks into its stage."""
+    xs, _, ready, _ = buffers
+    start, _, NB, row_tiles = extent
+    m = place // NB // row_tiles * x_desc.block_type.shape[0]
+    stage = (place - start) % STAGES
+    for half in gl.static_range(2):
+        _copy(x_desc, [m, place % NB * 128 + 64 * half], ready.index(stage), xs.index(2 * stage + half))
+
+
+@gluon.jit
+def _produce(
+    x_desc, planes, buffers, extent, R: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PDL: gl.constexpr
+):
+    """One warp: copy block after block into stages that every group of warps has freed.
+
+    All stages are free at first: they get their weights while the launches before still run.
+    """
+    start, end, _, _ = extent
+    bytes: gl.constexpr = 2 * x_desc.block_type.nbytes + GROUPS * (R // 2) * planes[0].block_type.nbytes
+    filled = gl.minimum(start + STAGES, end)
+    for place in range(start, filled):
+        _copy_weights(planes, buffers, extent, place, STAGES, bytes, R, GROUPS)
+    wait_for_launches(PDL)
+    for place in range(start, filled):
+        _copy_activations(x_desc, buffers, extent, place, STAGES)
+    for place in range(filled, end):
         turn = place - start
-        stage = turn % STAGES
-        barrier = ready.index(stage)
-        mbarrier.wait(free.index(stage), turn // STAGES & 1 ^ 1)
-        mbarrier.expect(barrier, bytes)
-        for half in gl.static_range(2):
-            _copy(x_desc, [m, block * 128 + 64 * half], barrier, xs.index(2 * stage + half))
-        for group in gl.static_range(GROUPS):
-            n = tile % row_tiles * 64 * GROUPS + 64 * group
-            slot = (stage * GROUPS + group) * (R // 2)
-            _copy(high_desc, [n, block * 16], barrier, ws.index(slot))
-            if R > 2:
-                _copy(mid_desc, [n, block * 16], barrier, ws.index(slot + 1))
-            if R > 4:
-                for half in gl.static_range(2):
-                    words = [n, block * 32 + 16 * half]
-                    _copy(low_desc, words, barrier, ws.index(slot + 2 + half))
+        mbarrier.wait(buffers[3].index(turn % STAGES), turn // STAGES & 1 ^ 1)
+        _copy_weights(planes, buffers, extent, place, STAGES, bytes, R, GROUPS)
+        _copy_activations(x_desc, buffers, extent, place, STAGES)
+    # Not before: programs of the next launch would crowd on the multiprocessors that have room for a second one.
+    let_next_launch(PDL)
 
 
 @gluon.jit
@@ -146,6 +184,7 @@ def _consume(
     GROUPS: gl.constexpr,
     STEP: gl.constexpr,
     SPLIT: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """Four warps: 64 rows of the weight, BM rows of x. Groups drift apart: one decodes while another multiplies."""
     x_desc, scale_ptr, zero_ptr, result = operands
@@ -187,6 +226,8 @@ def _consume(
                 zero = next_zero
             acc, first_half, second_half = warpgroup_mma_wait(0, [acc, first_half, second_half])
             mbarrier.arrive(free.index(stage), count=1)
+        # The activations came, so that the launches before are complete; this makes what they wrote visible here too.
+        wait_for_launches(PDL)
         m0 = tile // row_tiles * BM
         if SPLIT:
             _share(acc * UNIT, result, tile, m0, n0, start, end, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
@@ -194,7 +235,7 @@ def _consume(
             _finish(acc * UNIT, result, m0, n0, R, EXPONENTS, BIASED, BM)
 
 
-@gluon.jit(do_not_specialize=["M", "NB", "SHARE"])
+@gluon.jit(do_not_specialize=["M", "NB", "SHARE", "fresh"])
 def matmul_kernel(
     x_desc,
     high_desc,
@@ -211,6 +252,7 @@ def matmul_kernel(
     N,
     NB,
     SHARE,
+    fresh,
     R: gl.constexpr,
     MASK: gl.constexpr,
     H: gl.constexpr,
@@ -222,12 +264,15 @@ def matmul_kernel(
     STEP: gl.constexpr,
     SPLIT: gl.constexpr,
     REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """y[m, n] from SHARE blocks of 128 columns of tiles of BM rows of x and 128 of the weight; x is [M, 128 * NB].
 
     NB and SHARE are multiples of STEP, so many blocks follow each other with a product under way all the time.
     `parts_ptr` is for two tiles of float32 sums of each program; `count_ptr` for two int32 zeros of each tile.
     """
+    # The other warps begin when these get to `warp_specialize`.
+    start_launch(fresh, PDL)
     GROUPS: gl.constexpr = 2
     row_tiles = (N + 64 * GROUPS - 1) // (64 * GROUPS)
     start = gl.program_id(0) * SHARE
@@ -248,13 +293,13 @@ def matmul_kernel(
         [
             (
                 _consume,
-                (operands, buffers, extent, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT),
+                (operands, buffers, extent, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL),
             ),
             (
                 _consume,
-                (operands, buffers, extent, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT),
+                (operands, buffers, extent, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL),
             ),
-            (_produce, (x_desc, (high_desc, mid_desc, low_desc), buffers, extent, R, STAGES, GROUPS)),
+            (_produce, (x_desc, (high_desc, mid_desc, low_desc), buffers, extent, R, STAGES, GROUPS, PDL)),
         ],
         [4, 1],
         [REGISTERS, 24],

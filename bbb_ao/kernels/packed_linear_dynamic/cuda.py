@@ -2,8 +2,8 @@
 
 The rule, for activations of at most 32 bits:
 
-- with INTEGER_DECODE one row of a layer that fits the kernels of `packed_linear.cuda` takes `decode`, which quantizes
-  it and multiplies integers;
+- one row of a layer that fits the kernels of `packed_linear.cuda` takes `decode`, which quantizes it and multiplies
+  integers;
 - else one kernel gathers the rows and fake-quantizes them, and `packed_linear.cuda` multiplies.
 """
 
@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.fake_quantize.launch import gathered_rows
 from bbb_ao.kernels.packed_linear.cuda import (
     ALIGNMENT,
@@ -31,17 +32,14 @@ from bbb_ao.kernels.packing.planes import BLOCK
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
 DECODE_SETTINGS: list[Settings] = [
     (1, 8, 0),
+    (1, 8, 64),
+    (1, 8, 96),
+    (1, 8, 128),
     (2, 8, 0),
-    (2, 8, 80),
     (1, 4, 0),
-    (1, 4, 64),
     (2, 4, 0),
-    (4, 4, 0),
     (1, 16, 0),
-    (1, 16, 64),
 ]
-# Off until tests/gpu/test_dynamic_decode.py has passed on a GPU: so far the kernel was only compiled.
-INTEGER_DECODE = False
 UNROLLED = 8  # tiles times turns over the columns in one program, at most: more take long to compile
 
 
@@ -73,7 +71,7 @@ def packed_linear_dynamic_cuda(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
     shape = (*x.shape[:-1], high.shape[0])
-    if INTEGER_DECODE and rows.shape[0] == 1 and high.shape[0]:
+    if rows.shape[0] == 1 and high.shape[0]:
         capability = torch.cuda.get_device_capability(x.device)
         if fits_kernels(x.dtype, planes, scales, settings, capability):
             return dynamic_decode(rows, planes, scales, index, bias, settings, act_settings).view(shape)
@@ -114,6 +112,7 @@ def dynamic_decode(
             TILES=tiles,
             WARPS=warps,
             num_warps=warps,
+            **dependent_launch(row.device),
             **({"maxnreg": registers} if registers else {}),
         )
 

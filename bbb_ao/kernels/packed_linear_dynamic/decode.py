@@ -24,7 +24,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from bbb_ao.kernels.packed_linear import ptx
-from bbb_ao.kernels.packed_linear.blocks import assemble, load_tile, quad_layout, quad_places, store_tile, tile_places
+from bbb_ao.kernels.packed_linear.blocks import (
+    assemble,
+    let_next_launch,
+    load_tile,
+    quad_layout,
+    quad_places,
+    start_launch,
+    store_tile,
+    tile_places,
+    wait_for_launches,
+)
 from bbb_ao.kernels.packed_linear_dynamic.quantize_row import MAGIC_BITS, quantized_row
 
 MAGIC = gl.constexpr(12582912.0)  # the float32 of MAGIC_BITS
@@ -123,7 +133,7 @@ def _offset(packed, QUARTER: gl.constexpr, R: gl.constexpr, H: gl.constexpr, ZB:
     return offset
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["fresh"])
 def dynamic_decode_kernel(
     x_ptr,
     high_ptr,
@@ -137,6 +147,7 @@ def dynamic_decode_kernel(
     y_ptr,
     in_features,
     N,
+    fresh,
     NB: gl.constexpr,
     R: gl.constexpr,
     MASK: gl.constexpr,
@@ -149,8 +160,11 @@ def dynamic_decode_kernel(
     BIASED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """y[n] for one row of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
+    start_launch(fresh, PDL)
+    let_next_launch(PDL)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 32)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 32)
@@ -170,6 +184,7 @@ def dynamic_decode_kernel(
     planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int8)
     # The compiler moves no load over a barrier: those of the planes are under way while the row is quantized.
     tl.debug_barrier()
+    wait_for_launches(PDL)
     stored, ones = quantized_row(x_ptr, index_ptr, in_features, NB, ITERATIONS, R, ACT_BITS, ACT_HALF, INDEXED, WARPS)
     zeros = gl.zeros([WARPS, 16, 4], gl.float32, layout=q_layout)
     start = gl.full([WARPS, 16, 8], MAGIC_BITS, gl.int32, layout=acc_layout)
