@@ -37,6 +37,11 @@ WindowOption = Annotated[
     int | None, typer.Option(metavar="N", min=2, help="Tokens in a window [1024, or the model's context].")
 ]
 BatchOption = Annotated[int, typer.Option(metavar="N", min=1, help="Windows in a forward pass.")]
+WidthsOption = Annotated[list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Weight widths to run at.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Evaluate the first so many windows, and documents of a task."),
+]
 BaselineOption = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Also this full-precision model, and it rounded to nearest by DIR's recipe."),
@@ -145,18 +150,13 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option("--data", metavar="FILE...", help="Text for perplexity, as in train.")
     ] = None,
-    bits: Annotated[
-        list[int] | None, typer.Option(metavar="N...", min=2, max=8, help="Weight widths to run at.")
-    ] = None,
+    bits: WidthsOption = None,
     tasks: Annotated[list[str] | None, typer.Option(metavar="NAME...", help="Tasks of lm-eval to run.")] = None,
     task_dir: Annotated[str, typer.Option(metavar="DIR", help="Folder of their YAML files; trust it like code.")] = ".",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     window: WindowOption = None,
     batch: BatchOption = 4,
-    limit: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Evaluate the first so many windows, and documents of a task."),
-    ] = None,
+    limit: LimitOption = None,
     device: DeviceOption = None,
     baseline: BaselineOption = None,
 ) -> None:
