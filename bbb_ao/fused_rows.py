@@ -33,6 +33,8 @@ class FusedRows:
         layers: the PackedLinears; each has `fused`, this object, and `position`, its place here.
         ends: last row of each layer, exclusive.
         plane_high, ..., bias: rows of all layers, in the types of a PackedLinear; scale_exponent: int32 [rows].
+        out_index: that of every layer, in one tensor, so that a graph shows that they deliver the same channels twice;
+            None where they differ.
     """
 
     plane_high: Tensor
@@ -62,6 +64,11 @@ class FusedRows:
         self.scale_exponent = torch.cat(exponents)
         for position, layer in enumerate(layers):
             layer.fused, layer.position = self, position
+        index = layers[0].out_index
+        same = index is not None and all(
+            layer.out_index is not None and layer.out_index.equal(index) for layer in layers[1:]
+        )
+        self.out_index = index if same else None
 
     def _stack(self, name: str) -> Tensor | None:
         if getattr(self.layers[0], name) is None:

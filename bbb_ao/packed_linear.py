@@ -215,8 +215,12 @@ class PackedLinear(nn.Module):
         return packed_product(x, planes, scales, self.gather_index(), self.bias, self.bits, self.act_bits, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x) if self.fused is None else self.fused.product(self, x)
-        return y if self.out_index is None else expand_channels(y, self.out_index)
+        if self.fused is None:
+            y, index = self.product(x), self.out_index
+        else:
+            y, index = self.fused.product(self, x), self.fused.out_index
+            index = self.out_index if index is None else index
+        return y if index is None else expand_channels(y, index)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
         super()._apply(*args, **kwargs)

@@ -26,7 +26,7 @@ SUITES = [folder for folder in ("tests/gpu", "tests/kernels") if (ROOT / folder)
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-p", "no:cacheprovider", "-p", "failures", "-rfE"]
 CHECKER = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86"]
 PROBE = [sys.executable, "-c", "import torch; print(torch.ones(3, device='cuda').sum().item())"]
-TEST_SECONDS, CHECKER_SECONDS, PROBE_SECONDS = 270, 90, 30
+TEST_SECONDS, CHECKER_SECONDS, PROBE_SECONDS = 400, 90, 30
 STUCK_SECONDS = 100  # a test that takes longer has its stack printed
 # Compiling kernels takes most of the time, and every worker compiles its own.
 WORKERS = int(os.environ.get("WORKERS", "12"))

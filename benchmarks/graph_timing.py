@@ -46,6 +46,7 @@ class GraphTimer:
     """
 
     def __init__(self, calls: Sequence[Call], x: Tensor) -> None:
+        self._calls = calls  # with the weights that the graph reads
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

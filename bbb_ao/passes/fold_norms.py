@@ -1,4 +1,4 @@
-"""A pass of Inductor: RMSNorm and residual sums become parts of the packed products around them, for decoding.
+"""A pass of Inductor: RMSNorm, residual sums and SwiGLU become parts of the packed products around them, for decoding.
 
     torch.compile(model, options={"post_grad_custom_pre_pass": FoldNorms()})
 
@@ -9,7 +9,10 @@ it as two operators (`kernels.packed_norm` has the equations and bounds), withou
 - the second product alone reads the norm: `fuse_projections` first, so that q/k/v and gate/up are one product;
 - the norm divides by the root mean square in float32 and multiplies by a weight that is an input of the graph.
 
-Where the norm delivers split channels twice (`duplicate_output`), the second product gathers them by the norm's index.
+Then silu(gate) * up of a second product's halves becomes a part of it, too, if nothing else reads them.
+
+Where a norm, or both gate and up, deliver split channels twice (`duplicate_output`), the product that reads them
+gathers by their index.
 
 Why here and not in the modules: the compiled graph shows who reads the residual stream and a norm whatever the
 architecture, the model stays as it is, and eager mode keeps the model's own order of rounding.
@@ -33,6 +36,8 @@ packed_linear_residual = packed_linear_residual_op._opoverload
 packed_linear_normed = packed_linear_normed_op._opoverload
 MAX_ROWS = 2
 INDEX = 7  # place of the index among packed_linear's operands
+INDEX_OF: dict[Any, int] = {packed_linear: INDEX, packed_linear_residual: INDEX + 2}
+GATED = 3  # place of `gated` among packed_linear_normed's
 
 
 def _norm_patterns() -> list[PatternExpr]:
@@ -60,7 +65,16 @@ def _gather_pattern() -> PatternExpr:
     return CallFunction(aten.cat.default, [KeywordArg("normed"), gathered], -1)
 
 
-NORMS, GATHER = _norm_patterns(), _gather_pattern()
+def _gate_patterns() -> list[PatternExpr]:
+    """silu(gate) * up, as Inductor takes silu apart."""
+    wide = CallFunction(prims.convert_element_type.default, KeywordArg("gate"), torch.float32, _users=2)
+    above = CallFunction(aten.add.Tensor, CallFunction(aten.exp.default, CallFunction(aten.neg.default, wide)), 1)
+    divided = CallFunction(aten.div.Tensor, wide, above)
+    silu, up = CallFunction(prims.convert_element_type.default, divided, KeywordArg("dtype")), KeywordArg("up")
+    return [CallFunction(aten.mul.Tensor, silu, up), CallFunction(aten.mul.Tensor, up, silu)]
+
+
+NORMS, GATHER, GATES = _norm_patterns(), _gather_pattern(), _gate_patterns()
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,20 @@ class Fold:
     matched: tuple[Match, ...]
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Nodes of silu(gate) * up: the normed `product` of both, their `slices` of it, what is matched up to `output`.
+
+    index: by which the packed product behind it should gather, if both deliver split channels twice.
+    """
+
+    product: fx.Node
+    slices: list[fx.Node]
+    output: fx.Node
+    index: fx.Node | None
+    matched: tuple[Match, ...]
+
+
 class FoldNorms(CustomGraphPass):
     """The pass; see the module."""
 
@@ -89,6 +117,10 @@ class FoldNorms(CustomGraphPass):
             fold = find_fold(second)
             if fold is not None:
                 _rewrite(graph, fold)
+        for output in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+            gate = find_gate(output)
+            if gate is not None:
+                _rewrite_gate(graph, gate)
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,))
@@ -162,6 +194,66 @@ def _fits(hidden: fx.Node, normed: fx.Node, weight: Any, eps: Any, dims: Any, ke
     )
 
 
+def find_gate(output: fx.Node) -> Gate | None:
+    """What can be folded into the normed product behind which `output` is SwiGLU, or None."""
+    for pattern in GATES:
+        swiglu = pattern.match(output)
+        if isinstance(swiglu, Match):
+            break
+    else:
+        return None
+    halves: list[fx.Node] = [swiglu.kwargs["gate"], swiglu.kwargs["up"]]
+    if not all(isinstance(half, fx.Node) for half in halves):
+        return None
+    gathers = [found for found in map(GATHER.match, halves) if isinstance(found, Match)]
+    matched, index = (swiglu, *gathers), None
+    if len(gathers) == len(halves):
+        halves = [gather.kwargs["normed"] for gather in gathers]
+        index, other = map(_whole_index, gathers)
+        if index is None or index is not other or not _can_gather(output):
+            return None
+    # By silu or the product with it, or by the pad and the join of a gather.
+    if any(half.target != aten.slice.Tensor or len(half.users) != len(matched) // 2 + 1 for half in halves):
+        return None
+    product: Any = halves[0].args[0]
+    if product.target != packed_linear_normed or product.args[GATED] or len(product.users) != 2:
+        return None
+    whole = all(_is_half(half, product, place) for place, half in enumerate(halves))
+    return Gate(product, halves, output, index, matched) if whole else None
+
+
+def _is_half(half: fx.Node, product: fx.Node, place: int) -> bool:
+    """Whether a slice is the first half (`place` 0) or the second of a product's channels."""
+    value, size = _value(product), _value(half).shape[-1]
+    start = (product, value.dim() - 1, place * size)
+    # Four arguments: without a step.
+    return half.args[:3] == start and len(half.args) == 4 and value.shape[-1] == 2 * size
+
+
+def _can_gather(output: fx.Node) -> bool:
+    """Whether one packed product, which gathers nothing yet, is all that reads `output`."""
+    if len(output.users) != 1:
+        return False
+    (reader,) = output.users
+    place = INDEX_OF.get(reader.target)
+    return place is not None and reader.args[0] is output and reader.args[place] is None
+
+
+def _rewrite_gate(graph: fx.Graph, gate: Gate) -> None:
+    operands = list(gate.product.args)
+    operands[GATED] = True
+    with graph.inserting_before(gate.output):
+        y = _call(graph, packed_linear_normed, *operands)
+    if gate.index is not None:
+        (reader,) = gate.output.users
+        reader.update_arg(INDEX_OF[reader.target], gate.index)
+    gate.output.replace_all_uses_with(y)
+    for match in gate.matched:
+        match.erase_nodes()
+    for node in (*gate.slices, gate.product):
+        graph.erase_node(node)
+
+
 def _rewrite(graph: fx.Graph, fold: Fold) -> None:
     x, *operands = fold.first.args
     with graph.inserting_before(fold.hidden):
@@ -171,7 +263,7 @@ def _rewrite(graph: fx.Graph, fold: Fold) -> None:
     operands = list(fold.second.args[1:])
     operands[INDEX - 1] = fold.index
     with graph.inserting_before(fold.second):
-        y = _call(graph, packed_linear_normed, weighted, squares, fold.eps, *operands)
+        y = _call(graph, packed_linear_normed, weighted, squares, fold.eps, False, *operands)
     fold.second.replace_all_uses_with(y)
     graph.erase_node(fold.second)
     for match in fold.matched:

@@ -19,14 +19,15 @@ PADDED = 40  # columns that an index of `make_case` adds
 class Blocks:
     """Several times: a product of the stream's norm, and one that is added to the stream."""
 
-    def __init__(self, rows: int, dtype: torch.dtype, indexed: bool) -> None:
-        self.dtype = dtype
+    def __init__(self, rows: int, dtype: torch.dtype, indexed: bool, gated: bool) -> None:
+        self.dtype, self.gated = dtype, gated
         columns = CHANNELS + PADDED if indexed else 512
         self.channels = CHANNELS if indexed else 512
         self.squares = torch.ones(rows, -(-self.channels // 16), device="cuda")
         self.norm_weight = random_x(1, (self.channels,), dtype=dtype).cuda() + 1
+        inner = 1280 if gated else 640
         self.pairs = [
-            (self.layer(2 * n, columns, 640, indexed), self.layer(2 * n + 1, 640, self.channels, False))
+            (self.layer(2 * n, columns, inner, indexed), self.layer(2 * n + 1, 640, self.channels, False))
             for n in range(3)
         ]
 
@@ -38,7 +39,7 @@ class Blocks:
     def run(self, hidden: Tensor, single: bool = False) -> Tensor:
         weighted, squares, stream = hidden, self.squares, hidden
         for first, second in self.pairs:
-            y = packed_linear_normed_op(weighted, squares, EPS, *first)
+            y = packed_linear_normed_op(weighted, squares, EPS, self.gated, *first)
             if single:
                 torch.cuda.synchronize()
             stream, weighted, squares = packed_linear_residual_op(y, stream, self.norm_weight, *second)
@@ -55,10 +56,11 @@ def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("gated", [False, True])
 def test_a_captured_graph_gives_the_bits_of_single_launches(
-    rows: int, dtype: torch.dtype, indexed: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, dtype: torch.dtype, indexed: bool, gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = Blocks(rows, dtype, indexed)
+    blocks = Blocks(rows, dtype, indexed, gated)
     inputs = [random_x(seed, (rows, blocks.channels), dtype=dtype).cuda() for seed in range(REPLAYS)]
     monkeypatch.setenv("BBB_AO_PDL", "off")
     expected = [blocks.run(x, single=True) for x in inputs]

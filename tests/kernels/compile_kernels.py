@@ -45,11 +45,15 @@ def decode(dtype: str, bits: int) -> str:
 
 
 def residual(dtype: str, bits: int) -> str:
-    return _normed(dtype, bits, SQUARES=0, RESIDUAL=True)
+    return _normed(dtype, bits, SQUARES=0, RESIDUAL=True, GATED=False)
 
 
 def normed(dtype: str, bits: int) -> str:
-    return _normed(dtype, bits, SQUARES=128, RESIDUAL=False)
+    return _normed(dtype, bits, SQUARES=128, RESIDUAL=False, GATED=False)
+
+
+def gated(dtype: str, bits: int) -> str:
+    return _normed(dtype, bits, SQUARES=128, RESIDUAL=False, GATED=True)
 
 
 def _normed(dtype: str, bits: int, **flags: object) -> str:
@@ -101,5 +105,5 @@ def rows(dtype: str, bits: int) -> str:
 
 if __name__ == "__main__":
     for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2)):
-        for build in (decode, residual, normed, dynamic, matmul, rows):
+        for build in (decode, residual, normed, gated, dynamic, matmul, rows):
             (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))

@@ -17,6 +17,7 @@ CONSTANTS = {
     "decode": DECODE,
     "residual": DECODE,
     "normed": DECODE,
+    "gated": DECODE,
     "dynamic": DECODE,
     "matmul": {"planes": (5, 10, 15), "others": (20, 22)},
     "rows": {"planes": (), "others": (1,)},
@@ -106,7 +107,7 @@ def test_nothing_lies_in_local_memory(ptx: dict[str, str]) -> None:
 
 def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
-        if name.startswith(("decode", "residual", "normed")):
+        if name.startswith(("decode", "residual", "normed", "gated")):
             # One block of each lane's columns: 16 products for a tile of 16 rows and a warp's 512 columns, twice over.
             products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16", text))
             assert products == 32, (name, products)
@@ -118,7 +119,7 @@ def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: d
 def test_what_follows_the_products_waits_for_no_memory(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
         kind, _, setting = name.partition("_")
-        if kind in ("residual", "normed"):
+        if kind in ("residual", "normed", "gated"):
             assert "ld.global" not in text[text.rindex("mma.sync") :], name
             # The norm of a row is summed within each warp: warps exchange nothing but the products' sums.
             assert text.count("bar.sync") == ptx[f"decode_{setting}"].count("bar.sync"), name

@@ -87,9 +87,11 @@ def test_residual(
 @devices
 @dtypes
 @shapes
+@pytest.mark.parametrize("gated", [False, True])
 def test_normed(
-    device: str, dtype: torch.dtype, features: int, out_features: int, indexed: bool, bits: int, rows: int
+    device: str, dtype: torch.dtype, features: int, out_features: int, indexed: bool, bits: int, rows: int, gated: bool
 ) -> None:
+    out_features += out_features % 2
     case = plain_case(features, out_features, indexed)
     weighted = random_x(rows, (rows, case.in_features), 4.0, dtype)
     parts, eps = -(-case.in_features // 16), 0.25
@@ -97,14 +99,30 @@ def test_normed(
     bias = random_x(4, (out_features,), dtype=dtype) if bits > 2 else None
     operands = placed(case, bits, device, bias)
     poison(device)
-    y = packed_linear_normed_op(weighted.to(device), squares.to(device), eps, *operands, *case.settings(bits)).cpu()
+    settings = case.settings(bits)
+    y = packed_linear_normed_op(weighted.to(device), squares.to(device), eps, gated, *operands, *settings).cpu()
     assert y.dtype == dtype
     x = weighted.double() / (squares.double().sum(-1, keepdim=True) / case.in_features + eps).sqrt()
     exact, dense, factored = case.linear(x, bits, bias)
     lost = TINY[dtype] * (case.weight(bits).abs().sum(-1) + 1)
     # x is rounded, or the norm has an error of `parts` sums, a division and a reciprocal root of 2 steps each.
     bound = 4 * EPS[dtype] * dense + (features + parts + 8) * STEP * factored + lost
+    if gated:
+        exact, bound = swiglu_bound(exact, bound, dtype)
+    assert y.shape == exact.shape
     assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+def swiglu_bound(y: Tensor, error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(silu(gate) * up, bound of its error) for halves of y that are off by at most `error`.
+
+    |silu'| is below 1.1; silu and the product are rounded, silu after an exponential, a sum and a quotient in float32.
+    """
+    (gate, up), (gate_error, up_error) = y.chunk(2, -1), error.chunk(2, -1)
+    silu = torch.nn.functional.silu(gate)
+    silu_error = 1.1 * gate_error + (EPS[dtype] + 16 * STEP) * (silu.abs() + 1.1 * gate_error) + TINY[dtype]
+    product_error = silu_error * (up.abs() + up_error) + silu.abs() * up_error
+    return silu * up, product_error + EPS[dtype] * ((silu * up).abs() + product_error) + TINY[dtype]
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -119,7 +137,7 @@ def test_together_they_are_a_norm_between_two_products(indexed: bool) -> None:
     hidden, weighted, squares = packed_linear_residual_op(
         x, residual, norm_weight, *first.operands(), None, *first.settings(2)
     )
-    y = packed_linear_normed_op(weighted, squares, 1e-6, *second.operands(), None, *second.settings(2))
+    y = packed_linear_normed_op(weighted, squares, 1e-6, False, *second.operands(), None, *second.settings(2))
     expected_hidden = first.linear(x, 2)[0] + residual
     normed = torch.nn.functional.rms_norm(expected_hidden, (channels,), norm_weight, 1e-6)
     expected, dense, _ = second.linear(normed, 2)
@@ -136,7 +154,9 @@ def test_opcheck(device: str, rows: int) -> None:
     squares = random_x(8, (rows, -(-case.in_features // 16))).abs().to(device)
     operands = (*placed(case, 2, device, None), *case.settings(2))
     torch.library.opcheck(torch.ops.bbb_ao.packed_linear_residual.default, (x, residual, norm_weight, *operands))
-    torch.library.opcheck(torch.ops.bbb_ao.packed_linear_normed.default, (x, squares, 1e-6, *operands))
+    for gated in (False, True):
+        arguments = (x, squares, 1e-6, gated, *operands)
+        torch.library.opcheck(torch.ops.bbb_ao.packed_linear_normed.default, arguments)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
@@ -149,4 +169,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"norm_weight must have shape \(16,\): found \(64,\)"):
         packed_linear_residual_op(x, torch.ones(2, 16), torch.ones(64), *operands)
     with pytest.raises(ValueError, match=r"squares must be torch.float32 \(2, 4\): found torch.float32 \(2, 1\)"):
-        packed_linear_normed_op(x, torch.ones(2, 1), 1e-6, *operands)
+        packed_linear_normed_op(x, torch.ones(2, 1), 1e-6, False, *operands)
+    odd = plain_case(64, 15, False)
+    with pytest.raises(ValueError, match="gated: expected as many rows of the weight in both halves, got 15 rows"):
+        packed_linear_normed_op(x, torch.ones(2, 4), 1e-6, True, *odd.operands(), None, *odd.settings(2))

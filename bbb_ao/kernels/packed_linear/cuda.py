@@ -218,6 +218,7 @@ def decode_linear(
     settings: tuple[int, int, bool, int],
     name: str = "decode",
     kernel: Any = decode_kernel,
+    y: Tensor | None = None,
     **more: object,
 ) -> Tensor:
     """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features].
@@ -225,9 +226,10 @@ def decode_linear(
     Args:
         name: of what is launched, among tuned settings.
         kernel: one that takes the arguments of `decode_kernel` and these `more`.
+        y: where it writes, if not [M, out_features].
     """
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
-    y = rows.new_empty(rows.shape[0], count)
+    y = rows.new_empty(rows.shape[0], count) if y is None else y
     codes = kernel_codes(planes, settings)
     arguments = (
         rows,

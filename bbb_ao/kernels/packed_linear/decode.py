@@ -199,22 +199,49 @@ def accumulator_layout(warps):
 
 
 @gluon.constexpr_function
+def tile_step(gated):
+    """Rows from one tile's first to the next one's."""
+    return 8 if gated else 16
+
+
+@gluon.constexpr_function
 def code_unit(dtype):
     """What a code counts in a product: a subnormal bfloat16 2**-133 less the activation's 2**64, a float16 2**-24."""
     return 2.0**-69 if dtype == gl.bfloat16 else 2.0**-24
 
 
 @gluon.jit
+def rows_of_tile(place, N, GATED: gl.constexpr):
+    """Rows of the weight at places 0 to 15 of a tile, behind its first.
+
+    With GATED, a tile has eight rows of the weight's first half and those as far into the second.
+    """
+    if GATED:
+        place = place % 8 + place // 8 * (N // 2)
+    return place
+
+
+@gluon.jit
 def start_tiles(
-    weight, N, NB: gl.constexpr, R: gl.constexpr, ZB: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr
+    weight,
+    N,
+    NB: gl.constexpr,
+    R: gl.constexpr,
+    ZB: gl.constexpr,
+    TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+    GATED: gl.constexpr = False,
 ):
     """(a program's first row of the weight, places in a tile, planes and packed scales of the first tile).
 
     Nothing but constants is read.
     """
     a_layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(WARPS), 16)
-    places = tile_places(8, WARPS, a_layout)
-    first = gl.program_id(0) * 16 * TILES
+    plain = tile_places(8, WARPS, a_layout)
+    an, a_first, a_block, a_word = plain[0]
+    qn, q_first, q_block = plain[1]
+    places = ((rows_of_tile(an, N, GATED), a_first, a_block, a_word), (rows_of_tile(qn, N, GATED), q_first, q_block))
+    first = gl.program_id(0) * tile_step(GATED) * TILES
     planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int16)
     return first, places, planes, packed
 
@@ -236,6 +263,7 @@ def tile_totals(
     INDEXED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    GATED: gl.constexpr = False,
 ):
     """Sums of each of a program's tiles, for `row_sums`, from what `start_tiles` gave."""
     acc_layout: gl.constexpr = accumulator_layout(WARPS)
@@ -273,7 +301,7 @@ def tile_totals(
             scale, zero = packed
             # The next tile's loads go out before this one's work.
             if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
-                next_first = first + (tile + 1) % TILES * 16
+                next_first = first + (tile + 1) % TILES * tile_step(GATED)
                 next_base = base + (tile + 1) // TILES * (4 * WARPS)
                 planes, packed = load_tile(weight, places, next_first, next_base, N, NB, R, ZB, gl.int16)
             words = assemble(high, mid, even, odd, R)

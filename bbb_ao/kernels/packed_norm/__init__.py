@@ -6,6 +6,7 @@ For packed weights V and W, an input x, a residual stream h and a norm with weig
     weighted[k] = g[k] * hidden[k]
     squares[i] = sum of hidden[k]**2 for 16 i <= k < 16 (i + 1)
     y = r * (W weighted) + bias,   r = 1 / sqrt(sum(squares) / channels + eps)          packed_linear_normed
+    or silu(first half of y) * second half of y, where W is a gate and an up projection      the same, gated
 
 Since r is one number for a row, the second product can run on what is not divided by the norm yet. So what a norm does
 with each channel is done once, where the channel is made; and a layer whose columns are gathered by an index, with

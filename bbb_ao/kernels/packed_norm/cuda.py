@@ -14,6 +14,8 @@ from bbb_ao.kernels.packed_norm.reference import (
     check_residual,
     check_squares,
     divide_by_norm,
+    gate_halves,
+    normed_features,
     square_sums,
 )
 
@@ -62,6 +64,7 @@ def packed_linear_residual_cuda(
         squares_ptr=squares,
         SQUARES=0,
         RESIDUAL=True,
+        GATED=False,
     )
     return hidden.view(residual.shape), weighted, squares
 
@@ -70,6 +73,7 @@ def packed_linear_normed_cuda(
     weighted: Tensor,
     squares: Tensor,
     eps: float,
+    gated: bool,
     high: Tensor,
     mid: Tensor | None,
     low: Tensor | None,
@@ -88,19 +92,23 @@ def packed_linear_normed_cuda(
     settings = (bits, zero_point_bits, half_step, group_size)
     check_operands(weighted, *planes, *scales, index, bias, *settings)
     check_squares(weighted, squares)
+    out_features = normed_features(high.shape[0], gated)
     if not runs_decode_once(weighted, planes, scales, settings):
-        return multiply(divide_by_norm(weighted, squares, eps), planes, scales, index, bias, settings)
+        y = multiply(divide_by_norm(weighted, squares, eps), planes, scales, index, bias, settings)
+        return gate_halves(y) if gated else y
     squares = squares.contiguous()
     rows = aligned_rows(weighted)
-    y = decode_linear(
+    y = weighted.new_empty(*weighted.shape[:-1], out_features)
+    decode_linear(
         rows,
         planes,
         scales,
         index,
         bias,
         settings,
-        name="normed decode",
+        name="gated decode" if gated else "normed decode",
         kernel=normed_decode_kernel,
+        y=y,
         eps=eps,
         in_squares_ptr=squares,
         # The rest is not used.
@@ -110,5 +118,6 @@ def packed_linear_normed_cuda(
         squares_ptr=squares,
         SQUARES=squares.shape[-1],
         RESIDUAL=False,
+        GATED=gated,
     )
-    return y.view(*weighted.shape[:-1], high.shape[0])
+    return y

@@ -1,5 +1,7 @@
 """`packed_linear.decode` with the residual sum behind it, or on an input whose norm is still to be divided by.
 
+The latter also writes SwiGLU of its two halves: a tile then has rows of both, a row and its partner in one lane.
+
 In Gluon, for one or two rows; it needs compute capability 8.9 (E4M3). What a tile of the output needs besides the
 product is read before the product, so that nothing waits for memory behind it.
 """
@@ -9,7 +11,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from bbb_ao.kernels.packed_linear.blocks import let_next_launch, row_factors, row_sums, start_launch, wait_for_launches
-from bbb_ao.kernels.packed_linear.decode import accumulator_layout, code_unit, start_tiles, tile_totals
+from bbb_ao.kernels.packed_linear.decode import (
+    accumulator_layout,
+    code_unit,
+    rows_of_tile,
+    start_tiles,
+    tile_step,
+    tile_totals,
+)
 
 
 @gluon.constexpr_function
@@ -43,12 +52,13 @@ def _read_rows(
     EXPONENTS: gl.constexpr,
     BIASED: gl.constexpr,
     RESIDUAL: gl.constexpr,
+    GATED: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """(factor of the sums; for each row of x what is added to them; norm weights) of the 16 rows from `first` on."""
+    """(factor of the sums; for each row of x what is added to them; norm weights) of a tile's rows from `first` on."""
     zeros = gl.zeros([WARPS, 16, 8], gl.float32, layout=accumulator_layout(WARPS))
     layout: gl.constexpr = row_sums(zeros, M, 1.0)[0].type.layout
-    rows = first + gl.arange(0, 16, layout=layout)
+    rows = first + rows_of_tile(gl.arange(0, 16, layout=layout), N, GATED)
     factor = row_factors(exponent_ptr, rows, N, R, EXPONENTS)
     norm_weight = gl.zeros([16], gl.float32, layout=layout)
     bias = norm_weight
@@ -63,6 +73,16 @@ def _read_rows(
     if RESIDUAL:
         norm_weight = gl.load(norm_weight_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
     return factor, added, norm_weight
+
+
+@gluon.jit
+def _store_gated(value, y_ptr, row, first, N, WARPS: gl.constexpr):
+    """silu(gate) * up of a tile's eight gates and the eight numbers behind them, to [.., N / 2]."""
+    pairs: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [WARPS, 1], [1, 0])
+    gate, up = gl.convert_layout(value.reshape([2, 8]).permute((1, 0)), pairs).split()
+    places = first + gl.arange(0, 8, layout=gate.type.layout)
+    gated = gate / (1.0 + gl.exp(-gate)) * up
+    gl.store(y_ptr + row * (N // 2) + places, gated.to(y_ptr.dtype.element_ty), mask=places < N // 2)
 
 
 @gluon.jit(do_not_specialize=["fresh"])
@@ -100,15 +120,17 @@ def normed_decode_kernel(
     PDL: gl.constexpr,
     SQUARES: gl.constexpr,
     RESIDUAL: gl.constexpr,
+    GATED: gl.constexpr,
 ):
     """`decode_kernel`; of x divided by its norm where SQUARES, how many sums of squares a row has, is not 0.
 
-    With RESIDUAL, y is the sum with the residual, and the other outputs of `packed_linear_residual` are written.
+    With RESIDUAL, y is the sum with the residual, and the other outputs of `packed_linear_residual` are written. With
+    GATED, y is silu(first half) * second half of the outputs.
     """
     start_launch(fresh, PDL)
     let_next_launch(PDL)
     weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
-    started = start_tiles(weight, N, NB, R, ZB, TILES, WARPS)
+    started = start_tiles(weight, N, NB, R, ZB, TILES, WARPS, GATED)
     first = started[0]
     wait_for_launches(PDL)
     read = ()
@@ -118,20 +140,21 @@ def normed_decode_kernel(
             bias_ptr,
             residual_ptr,
             norm_weight_ptr,
-            first + 16 * tile,
+            first + tile_step(GATED) * tile,
             N,
             R,
             M,
             EXPONENTS,
             BIASED,
             RESIDUAL,
+            GATED,
             WARPS,
         )
         read = read + (rows,)
     if SQUARES > 0:
         norms = _reciprocal_norms(in_squares_ptr, eps, in_features, M, SQUARES, WARPS)
     totals = tile_totals(
-        started, weight, x_ptr, index_ptr, in_features, N, NB, R, MASK, H, ZB, M, INDEXED, TILES, WARPS
+        started, weight, x_ptr, index_ptr, in_features, N, NB, R, MASK, H, ZB, M, INDEXED, TILES, WARPS, GATED
     )
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     UNIT: gl.constexpr = 1.0 / code_unit(x_ptr.dtype.element_ty)
@@ -143,8 +166,12 @@ def normed_decode_kernel(
             value = sums[m] * factor
             if SQUARES > 0:
                 value *= norms[m]
-            value = (value + added[m]).to(dtype)
-            gl.store(y_ptr + m * N + rows, value, mask=rows < N)
+            value += added[m]
+            if GATED:
+                _store_gated(value, y_ptr, m, first + tile_step(GATED) * tile, N, WARPS)
+            else:
+                value = value.to(dtype)
+                gl.store(y_ptr + m * N + rows, value, mask=rows < N)
             if RESIDUAL:
                 # The norm is of what later layers read: the rounded sum.
                 wide = value.to(gl.float32)

@@ -14,6 +14,8 @@ from bbb_ao.kernels.packed_norm.reference import (
     check_residual,
     check_squares,
     divide_by_norm,
+    gate_halves,
+    normed_features,
     square_sums,
     sum_dtype,
 )
@@ -71,6 +73,7 @@ def packed_linear_normed_op(
     weighted: Tensor,
     squares: Tensor,
     eps: float,
+    gated: bool,
     high: Tensor,
     mid: Tensor | None,
     low: Tensor | None,
@@ -84,29 +87,33 @@ def packed_linear_normed_op(
     half_step: bool,
     group_size: int,
 ) -> Tensor:
-    """packed_linear(weighted / sqrt(sum(squares) / in_features + eps), ...); the equations stand in `packed_norm`.
+    """packed_linear(weighted / sqrt(sum(squares) / in_features + eps), ...), gated or not; see `packed_norm`.
 
     Args:
         weighted, squares: as from `packed_linear_residual`; [..., in_features] and [..., ceil(in_features / 16)].
         eps: what is added to the mean of the squares.
+        gated: whether SwiGLU of the product's halves is the result.
         the others: as in `packed_linear`.
     Returns:
-        [..., out_features], dtype of `weighted`.
+        [..., out_features], or half as many with `gated`, dtype of `weighted`.
     Raises:
-        TypeError, ValueError: as `packed_linear`, or `squares` that do not fit `weighted`.
+        TypeError, ValueError: as `packed_linear`, or `squares` that do not fit `weighted`; out_features to be gated
+            that are odd.
     """
     operands = (high, mid, low, scale, scale_exponent, zero_point, index, bias)
     check_input(weighted, index, scale.shape[-1] * group_size)
     check_squares(weighted, squares)
+    normed_features(high.shape[0], gated)
     x = divide_by_norm(weighted, squares, eps)
-    return packed_linear_reference(x, *operands, bits, zero_point_bits, half_step, group_size)
+    y = packed_linear_reference(x, *operands, bits, zero_point_bits, half_step, group_size)
+    return gate_halves(y) if gated else y
 
 
 @packed_linear_normed_op.register_fake
-def _(weighted: Tensor, squares: Tensor, eps: float, high: Tensor, *rest: Any) -> Tensor:
+def _(weighted: Tensor, squares: Tensor, eps: float, gated: bool, high: Tensor, *rest: Any) -> Tensor:
     check_operands(weighted, high, *rest)
     check_squares(weighted, squares)
-    return weighted.new_empty(*weighted.shape[:-1], high.shape[0])
+    return weighted.new_empty(*weighted.shape[:-1], normed_features(high.shape[0], gated))
 
 
 def check_operands(

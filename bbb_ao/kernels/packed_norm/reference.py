@@ -12,6 +12,23 @@ def square_sums(rows: int) -> int:
     return -(-rows // PART)
 
 
+def normed_features(rows: int, gated: bool) -> int:
+    """Channels that `packed_linear_normed` gives for so many rows of the weight.
+
+    Raises:
+        ValueError: an odd number of rows to be gated.
+    """
+    if gated and rows % 2:
+        raise ValueError(f"gated: expected as many rows of the weight in both halves, got {rows} rows")
+    return rows // 2 if gated else rows
+
+
+def gate_halves(y: Tensor) -> Tensor:
+    """silu(first half) * second half of the channels, SwiGLU."""
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of sums of squares."""
     return torch.float64 if dtype == torch.float64 else torch.float32
