@@ -1,11 +1,12 @@
 """A Llama with random weights, packed or not, and its greedy decoding loop as two functions without host work.
 
 `Decoder.prefill` and `Decoder.step` read and write tensors that stay in place, so that each can be captured in a CUDA
-graph. A step is three compiled functions: the start, one for a number of blocks (which differ in their tensors only),
-the tail. A block ends with the next block's first norm, so that Inductor fuses it with the sum of the residual stream,
+graph. Both are three compiled functions: the start, one for a number of blocks (which differ in their tensors only;
+for the prompt it is one block), the tail. A block ends with the next block's first norm, so that Inductor fuses it with the sum of the residual stream,
 as it does when it sees the whole model. Every implementation runs this same loop.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -138,8 +139,8 @@ class Decoder:
     """Greedy decoding of one batch.
 
     Args:
-        compiled: whether a step is compiled, with `options` for torch.compile.
-        span: blocks that are compiled as one function.
+        compiled: whether both are compiled, with `options` for torch.compile.
+        span: blocks of a step that are compiled as one function.
     Attributes:
         prompt: int64 [batch, prompt tokens]; output: int64 [batch, prompt + new tokens], of which `prefill` writes the
             first new token and each `step` the next one.
@@ -182,23 +183,23 @@ class Decoder:
     def prefill(self) -> None:
         """Read the prompt and choose the first new token."""
         place = self.places[: self.prompt.shape[1]]
-        state = start_token(self.model.model, self.norms[0], self.prompt, place)
+        state = self.start(self.model.model, self.norms[0], self.prompt, place)
         self.position.fill_(self.prompt.shape[1] - 1)
-        self._finish(run_blocks, choose_token, state, None, self.prompt_caches)
+        self._finish(1, state, None, self.prompt_caches)
 
     @torch.no_grad()
     def step(self) -> None:
         """Read the last token and choose the next one."""
         state = self.start(self.model.model, self.norms[0], self.token, self.position)
         mask = self.places.view(1, 1, 1, -1) <= self.position
-        self._finish(self.blocks, self.tail, state, mask, self.caches)
+        self._finish(self.span, state, mask, self.caches)
 
-    def _finish(self, blocks: Callable, tail: Callable, state: tuple, mask: Tensor | None, caches: list) -> None:
+    def _finish(self, span: int, state: tuple, mask: Tensor | None, caches: list) -> None:
         hidden, normed, rotary = state
         parts = list(zip(self.model.model.layers, self.norms[1:], caches, strict=True))
-        for first in range(0, len(parts), self.span):
-            hidden, normed = blocks(parts[first : first + self.span], hidden, normed, rotary, mask)
-        tail(self.model.lm_head, normed, self.token, self.output, self.position)
+        for first in range(0, len(parts), span):
+            hidden, normed = self.blocks(parts[first : first + span], hidden, normed, rotary, mask)
+        self.tail(self.model.lm_head, normed[:, -1:], self.token, self.output, self.position)
 
 
 def start_token(
@@ -224,8 +225,15 @@ def run_blocks(
 
 
 def choose_token(head: nn.Module, normed: Tensor, token: Tensor, output: Tensor, position: Tensor) -> None:
-    """Choose the token behind `position` from the last hidden state there; advance, and write it down."""
-    chosen = head(normed[:, -1:]).argmax(-1)
+    """Choose the token behind `position` from the last hidden state there; advance, and write it down.
+
+    In two steps, since Inductor searches all logits of a row in one program.
+    """
+    logits = head(normed)
+    size = math.gcd(logits.shape[-1], 256)
+    best, place = logits.unflatten(-1, (-1, size)).max(-1)
+    part = best.argmax(-1, keepdim=True)
+    chosen = (part * size + place.gather(-1, part)).squeeze(-1)
     position.add_(1)
     token.copy_(chosen)
     output.index_copy_(1, position, chosen)

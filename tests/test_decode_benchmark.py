@@ -44,7 +44,7 @@ def test_decoder_gives_the_tokens_of_generate(impl: str) -> None:
     assert expected[:, 9:].unique().numel() > 3, "a model that repeats one token would pass any loop"
 
 
-def test_compiled_decoder_has_three_graphs_whatever_the_number_of_blocks() -> None:
+def test_compiled_decoder_has_three_graphs_for_the_prompt_and_three_for_a_step() -> None:
     model = build(tiny(), "w2a16_head8", "cpu").float()
     decoder = Decoder(model, torch.tensor([[3, 200, 71]]), NEW, compiled=False)
     expected = decode(decoder)
@@ -59,4 +59,4 @@ def test_compiled_decoder_has_three_graphs_whatever_the_number_of_blocks() -> No
         compiled = torch.compile(getattr(decoder, name), fullgraph=True, dynamic=False, backend=backend)
         setattr(decoder, name, compiled)
     assert torch.equal(decode(decoder), expected)
-    assert len(graphs) == 3
+    assert len(graphs) == 6
