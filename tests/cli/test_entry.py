@@ -155,6 +155,12 @@ def test_exit_codes(error: BaseException, code: int) -> None:
     assert explain(error)[0] == code
 
 
+def test_what_a_stopped_run_adds_stands_in_its_line() -> None:
+    error = errors.ResourceError("disk: full; fix: free it")
+    error.add_note("the same command goes on from stage 1/3")
+    assert explain(error) == (5, "disk: full; fix: free it; the same command goes on from stage 1/3")
+
+
 def test_escape_keeps_text_and_shows_the_rest() -> None:
     assert escape("naïve: a\tb\r\n\x00\x9b\u2028\udcff") == "naïve: a\\tb\\r\\n\\x00\\x9b\\u2028\\udcff"
 
@@ -204,7 +210,7 @@ def test_eval_takes_the_context_as_its_window(run, refused, model: Path, data: P
 
 
 def test_bits_of_a_plain_model_are_refused(refused, model: Path, data: Path) -> None:
-    assert "leave out --bits" in refused(3, "eval", model, "--data", data, "--bits", 4, 2)
+    assert "leave out --bits" in refused(2, "eval", model, "--data", data, "--bits", 4, 2)
 
 
 def test_unknown_device_is_refused(refused, model: Path, data: Path) -> None:

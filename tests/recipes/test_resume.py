@@ -321,8 +321,12 @@ def test_a_full_disk_leaves_the_state_before(go, whole, tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(ResourceError, match=r"out\.run/\S+: file: expected to write it, got: .*No space left"):
+        with pytest.raises(
+            ResourceError, match=r"out\.run/\S+: file: expected to write it, got: .*No space left"
+        ) as full:
             go(output)
+        with RunFolder(output) as run:
+            assert full.value.__notes__ == [f"the same command goes on from {run.position}"]
     assert not [path for path in (tmp_path / "out.run").iterdir() if path.name.startswith(".")]
     go(output)
     assert digests(output) == whole()

@@ -47,6 +47,25 @@ def test_a_living_process_keeps_others_out_and_a_dead_one_does_not(tmp_path: Pat
         assert (run.folder / "lock").read_text() == f"{os.getpid()}\n"
 
 
+@pytest.mark.parametrize(
+    ("block", "step", "expected"),
+    [
+        (0, None, "stage 2/2 b"),
+        (0, 7, "stage 2/2 b, step 7"),
+        (3, None, "stage 2/2 b, block 3 done"),
+        (3, 7, "stage 2/2 b, block 4, step 7"),
+    ],
+)
+def test_a_position_names_no_block_that_may_not_exist(
+    block: int, step: int | None, expected: str, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "out")
+    run.record = {"names": ["a", "b"], "stage": 1, "block": block, "loop": step and {"step": step}}
+    assert run.position == expected
+    run.record["stage"] = 2
+    assert run.position == "the end of its last stage"
+
+
 def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "new" / "folder" / "out") as run:
         assert run.folder.is_dir()
