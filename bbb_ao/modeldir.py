@@ -49,7 +49,8 @@ def check_model_directory(
     """
     directory = Path(model)
     if not os.path.isdir(directory):
-        raise ModelError(f"{model}: model: expected a directory, got none; fix: check the path")
+        got = "a file" if os.path.exists(directory) else "nothing there"
+        raise ModelError(f"{model}: model: expected a directory, got {got}; fix: check the path")
     try:
         config = _check_config(directory, allow_bitbybit)
         for name in JSON_FILES:
@@ -192,9 +193,9 @@ def fetch_model(model: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> P
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client, its network library and the disk each raise their own
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = " ".join(str(error).split()).removeprefix("Got: ")[:160] or type(error).__name__
         raise ModelError(
-            f"{model}: model: expected a directory or a hub id, got: {reason}; fix: check the name"
+            f"{model}: model: expected a directory or a hub id, got: {reason}; fix: check the name and the connection"
         ) from error
 
 
