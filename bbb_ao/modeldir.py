@@ -274,7 +274,7 @@ def _check_other_files(directory: Path) -> None:
     settings = read_json(directory, TOKENIZER_SETTINGS) if (directory / TOKENIZER_SETTINGS).exists() else {}
     for key, value in settings.items() if isinstance(settings, dict) else ():
         # The tokenizer reads such a file instead of its own; the special tokens' one is a leftover that nothing reads.
-        outside = isinstance(value, str) and (os.sep in value or value.startswith("."))
+        outside = isinstance(value, str) and os.sep in value
         if key.endswith("_file") and key != "special_tokens_map_file" and outside:
             raise ModelError(
                 f"{directory / TOKENIZER_SETTINGS}: {key}: expected a plain file name, got {value!r:.80}; "

@@ -52,6 +52,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = FILES | {
     ),
     "remote code": (edit_json("config.json", auto_map={"AutoModel": "code.Model"}), "auto_map"),
     "remote code inside": (edit_json("config.json", text_config={"auto_map": {"AutoModel": "a.B"}}), "auto_map"),
+    "remote code in a list": (edit_json("config.json", parts=[[{"auto_map": {"AutoModel": "a.B"}}]]), "auto_map"),
     "remote tokenizer": (edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}), "auto_map"),
     "already quantized": (edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "'gptq'"),
     "compressed": (edit_json("config.json", compression_config={"quant_method": "x"}), "quantization_config"),
