@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bbb_ao.checkpoint import describe
 from bbb_ao.errors import NumericsError, ResourceError, ResumeError
@@ -256,6 +257,7 @@ def test_another_recipe_is_refused_unless_unfinished_stages_are_amended(go, tmp_
     with pytest.raises(ResumeError, match=r"^stages\.2\.lr: recipe: expected 0\.0003.* got 0\.0001; fix: .*--amend"):
         go(output, changed(2, lr=1e-4))
     refused = [changed(0, lr=1e-4), changed(3, train="all"), replace(RECIPE, seed=1), replace(RECIPE, split=None)]
+    refused += [replace(RECIPE, stages=stages) for stages in (RECIPE.stages[:3], (*RECIPE.stages, RECIPE.stages[3]))]
     for recipe in refused:
         with pytest.raises(ResumeError, match=r"^[\w.]+: recipe: expected .* fix: restore it, or begin afresh"):
             go(output, recipe, amend=True)
@@ -288,6 +290,33 @@ def test_restart_forgets_the_state(go, whole, tmp_path):
     go(output, shorter, restart=True, keep_stages=True)
     assert digests(output) == whole(shorter)
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no checkpoint of the forgotten run is left"
+
+
+@pytest.mark.parametrize("change", ["a name", "a shape", "a channel"])
+def test_a_state_that_was_prepared_otherwise_is_refused(change, go, tmp_path, monkeypatch):
+    recipe = replace(RECIPE, generated=0, stages=RECIPE.stages[:1], default_bits=8)
+    with pytest.raises(Stop):
+        go(tmp_path / "out", recipe, report=StopsAtStep(2))
+    before = digests(tmp_path / "out.run")
+
+    def load(path: Path) -> dict[str, torch.Tensor]:
+        held = load_file(path)
+        if change == "a name":
+            del held["mlp.up_proj.weight"]
+        elif change == "a shape":
+            held["mlp.up_proj.weight"] = held["mlp.up_proj.weight"][1:]
+        else:
+            held["input_layernorm.duplicate_index"] = held["input_layernorm.duplicate_index"].flip(0)
+        return held
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "load_file", load)
+        name = {"a channel": "input_layernorm.duplicate_index"}.get(change, "mlp.up_proj.weight")
+        with pytest.raises(
+            ResumeError, match=rf"layers\.0\.safetensors: {name}: expected what this machine and version"
+        ):
+            go(tmp_path / "out", recipe)
+    assert digests(tmp_path / "out.run") == before
 
 
 def test_a_damaged_state_is_refused(go, tmp_path):
