@@ -37,16 +37,23 @@ def test_plan_refuses_as_train_does(refused, model: Path) -> None:
     assert "targets.0" in refused(2, "plan", model, "--recipe", "smoke", *SMALL, "targets=['.*qproj']")
     assert "did you mean" in refused(2, "plan", model, "--recipe", "smoke", "--set", "sequenc=4")
     assert "at most the model's 64 positions" in refused(2, "plan", model, "--recipe", "smoke", "--set", "sequences=4")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+    assert "auto_map" in refused(3, "plan", model, "--recipe", "smoke", *SMALL)
     (model / "config.json").write_text("{}")
     assert "model_type" in refused(3, "plan", model, "--recipe", "smoke")
     (model / "config.json").unlink()
     assert "config.json" in refused(3, "plan", model, "--recipe", "smoke")
 
 
-@pytest.mark.parametrize(("short", "what"), [("host", "memory: expected"), ("temporary", "disk: expected")])
+@pytest.mark.parametrize(
+    ("short", "what"),
+    [("host", "memory: expected"), ("temporary", "disk: expected"), ("output", "free for the result and the run's")],
+)
 def test_plan_says_what_train_would_refuse(short: str, what: str, run, model: Path, monkeypatch) -> None:
-    enough = {"device": None, "host": 2**40, "output": 2**40, "temporary": 2**40}
-    monkeypatch.setattr("bbb_ao.planning.read_limits", lambda *_: limits.Limits(**{**enough, short: 1000}))
+    free = {"device": None, "host": 2**40, "output": 2**40, "temporary": 2**40, short: 1000}
+    monkeypatch.setattr("bbb_ao.planning.read_limits", lambda *_: limits.Limits(**free))
+    monkeypatch.setattr("bbb_ao.outputs.free_space", lambda path: free["output"])
     result = run("plan", model, "--recipe", "smoke", "--no-probe", *SMALL, "cache=disk")
     assert result.code == 0
     last = result.out.splitlines()[-1]
