@@ -80,6 +80,7 @@ def train(model: object, data: Path, tmp_path: Path, recipe: str = "smoke") -> t
     return ("train", model, "--data", data, "--recipe", recipe, "--output", tmp_path / "out", *SMALL)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_directory_is_refused(name: str, refused, model: Path, data: Path, tmp_path: Path) -> None:
     damage, expected = DAMAGE[name]

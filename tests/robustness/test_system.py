@@ -35,11 +35,8 @@ def test_output_equal_to_the_model_is_refused(train, model: Path, tmp_path: Path
         assert "other than the model's" in train(2, output)
 
 
-def test_output_that_holds_something_is_refused(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def planned(*arguments: object) -> None:
-        raise AssertionError("planning began, which takes half a minute for a large model")
-
-    monkeypatch.setattr("bbb_ao.cli.commands.check_plan", planned)
+@pytest.mark.usefixtures("unplanned")
+def test_output_that_holds_something_is_refused(train, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     assert "empty or missing" in train(2, tmp_path / "out")
