@@ -47,14 +47,11 @@ class JsonLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._start = time.monotonic()
-        self._begun = False
 
     def write(self, event: str, **values: Any) -> None:
         record = {"seconds": round(time.monotonic() - self._start, 3), "event": event, **values}
         try:
-            if not self._begun:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._begun = True
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             append_line(self.path, json.dumps(_finite(record), allow_nan=False, default=str))
         except OSError as error:
             reason = f"expected a writable file, got {error.strerror}; fix: free space or permissions"

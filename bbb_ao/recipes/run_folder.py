@@ -84,11 +84,10 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        ended = error is not None and not isinstance(error, Exception)
-        if error is not None and self.record and (ended or isinstance(error, ResourceError)):
-            error.add_note(f"the same command goes on from {self.position}")
-        elif error is not None and ended:
-            error.add_note("nothing was saved")
+        stopped = error is not None and not isinstance(error, Exception)
+        if error is not None and (stopped or (self.record and isinstance(error, ResourceError))):
+            begun = f"the same command goes on from {self.position}" if self.record else "nothing was saved"
+            error.add_note(begun)
         if not self.record and self.folder.exists():
             self._remove_leftovers()
             self._remove_folder()

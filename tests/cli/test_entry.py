@@ -76,6 +76,15 @@ def test_a_run_goes_on_when_its_reader_leaves(tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+def test_a_terminal_that_was_closed_is_no_error() -> None:
+    terminal, program = os.openpty()
+    os.close(terminal)
+    with os.fdopen(program, "w") as stream:
+        for _ in range(2):
+            Lasting(stream).write("x" * 10**6)
+            Lasting(stream).flush()
+
+
 def test_output_that_cannot_be_written_is_an_error() -> None:
     with open("/dev/full", "w") as full, pytest.raises(OSError, match="No space left"):
         Lasting(full).write("x" * 10**6)
@@ -123,6 +132,16 @@ def test_signals_end_with_their_code(number: int, code: int, refused, monkeypatc
     try:
         assert refused(code, "recipes")
         assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
+def test_an_ignored_signal_stays_ignored(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a job in the background, which Ctrl-C is not meant for."""
+    monkeypatch.setattr(loader, "shipped_recipes", lambda: os.kill(os.getpid(), signal.SIGINT) or ())
+    inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run("recipes").code == 0
     finally:
         signal.signal(signal.SIGINT, inherited)
 

@@ -207,9 +207,12 @@ def test_other_statuses(server: CompletionServer, send) -> None:
 
 
 def test_failures_get_500_and_the_server_goes_on(server: CompletionServer, send, monkeypatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a\n\x1b[2J")
+
     with monkeypatch.context() as patch:
-        patch.setattr(server.writer, "write", lambda *arguments: 1 / 0)
-        answered(send(COMPLETIONS, ask()), 500, "unexpected ZeroDivisionError")
+        patch.setattr(server.writer, "write", fail)
+        answered(send(COMPLETIONS, ask()), 500, r"unexpected ZeroDivisionError: a\n\x1b[2J")
         stream = send(COMPLETIONS, ask(stream=True))
         assert stream.status == 200
         assert json.loads(stream.body.removeprefix(b"data: "))["error"]["type"] == "server_error"

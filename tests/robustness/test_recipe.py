@@ -85,6 +85,7 @@ SETTINGS = {
     "targets=['[']": "a regular expression",
     "cache=gpu": "memory or disk",
     "stages.9.lr=1": "got '9'",
+    "stages.3=1": "got '3'",
     "lr": "expected key=value",
     "name=!!python/name:os.system": "the tag",
 }
