@@ -239,6 +239,25 @@ def test_nan_keeps_the_last_good_state(go, whole, tmp_path, monkeypatch):
     assert digests(output) == whole()
 
 
+@pytest.mark.parametrize(("number", "stage"), [(1, "stage 1/4 w8a16, block 1 done"), (2, "stage 2/4 w8+4+2a16")])
+def test_a_weight_that_no_loss_has_seen_is_not_saved(number, stage, go, tmp_path, monkeypatch):
+    """Of the last step of a block, and of one after which the loop is saved."""
+    good, calls = optimization.update, iter(range(1000))
+
+    def update(optimizer, *given):
+        loss = good(optimizer, *given)
+        if next(calls) == number:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimization, "update", update)
+        with pytest.raises(NumericsError, match=r"^model\.layers\.\d: \S+: a weight is NaN or infinite at step 1; fix"):
+            go(tmp_path / "out")
+    with RunFolder(tmp_path / "out") as run:
+        assert run.position == stage
+
+
 def test_a_loss_that_grows_is_refused(make_model, make_recipe, ids):
     stage = Stage(epochs=30, lr=5.0, batch_size=4)
     with pytest.raises(NumericsError, match=r"^model\.layers\.0: w2a16: the loss has grown from .* at step \d+; fix"):
