@@ -108,6 +108,9 @@ def export_dense(
 def _save(model: Any, tokenizer: Any, path: str | Path, extra: Callable[[Path], Any]) -> None:
     with new_directory(path) as folder:
         model.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):
+            # Its library lets nobody else read them.
+            shutil.copymode(folder / "config.json", file)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         extra(folder)

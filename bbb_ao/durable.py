@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all, whatever ends the process, and a lock on a folder."""
+"""Files and lines that are there whole or not at all, whatever ends the process, and a lock on a folder."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,24 @@ def write_durably(path: Path, write: Callable[[Path], Any]) -> None:
         raise ResourceError(
             f"{path}: file: expected to write it, got: {error}; fix: free space or permissions"
         ) from None
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line of JSON, as a whole or not at all; what a kill left of the line before it is removed.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    content = f"{line}\n".encode()
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if end and file.read(1) != b"\n":
+            end = path.read_bytes().rfind(b"\n") + 1
+            file.truncate(end)
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Lock:

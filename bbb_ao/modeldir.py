@@ -49,7 +49,8 @@ def check_model_directory(
     """
     directory = Path(model)
     if not os.path.isdir(directory):
-        raise ModelError(f"{model}: model: expected a directory, got none; fix: check the path")
+        got = "a file" if os.path.exists(directory) else "nothing there"
+        raise ModelError(f"{model}: model: expected a directory, got {got}; fix: check the path")
     try:
         config = _check_config(directory, allow_bitbybit)
         for name in JSON_FILES:
@@ -192,9 +193,9 @@ def fetch_model(model: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> P
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client, its network library and the disk each raise their own
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = " ".join(str(error).split()).removeprefix("Got: ")[:160] or type(error).__name__
         raise ModelError(
-            f"{model}: model: expected a directory or a hub id, got: {reason}; fix: check the name"
+            f"{model}: model: expected a directory or a hub id, got: {reason}; fix: check the name and the connection"
         ) from error
 
 
@@ -273,7 +274,7 @@ def _check_other_files(directory: Path) -> None:
     settings = read_json(directory, TOKENIZER_SETTINGS) if (directory / TOKENIZER_SETTINGS).exists() else {}
     for key, value in settings.items() if isinstance(settings, dict) else ():
         # The tokenizer reads such a file instead of its own; the special tokens' one is a leftover that nothing reads.
-        outside = isinstance(value, str) and (os.sep in value or value.startswith("."))
+        outside = isinstance(value, str) and os.sep in value
         if key.endswith("_file") and key != "special_tokens_map_file" and outside:
             raise ModelError(
                 f"{directory / TOKENIZER_SETTINGS}: {key}: expected a plain file name, got {value!r:.80}; "

@@ -83,9 +83,10 @@ def check_space(output: str | Path, needed: int, held: int = 0) -> None:
     Raises:
         ResourceError: names what is needed and what is free.
     """
-    if (free := free_space(output) + held) < needed:
+    if (free := free_space(output)) + held < needed:
+        got = size(free) + (f" beside {size(held)} that the run has written" if held else "")
         raise ResourceError(
-            f"{output}: disk: expected {size(needed)} free for the result and the run's state, got {size(free)}; "
+            f"{output}: disk: expected {size(needed)} free for the result and the run's state, got {got}; "
             "fix: free space, or choose another output"
         )
 

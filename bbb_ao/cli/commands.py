@@ -17,7 +17,7 @@ from bbb_ao.cli.serve import serve
 from bbb_ao.cli.spread import SpreadCommand
 from bbb_ao.cli.tables import print_table
 from bbb_ao.cli.verify import verify
-from bbb_ao.errors import ModelError, RecipeError
+from bbb_ao.errors import RecipeError
 
 WINDOW = 1024  # tokens; the protocol's, unless the model's context is shorter
 
@@ -259,7 +259,7 @@ def assign(
     from bbb_ao.recipes.sources import resolve_sources
 
     if (budget is None) == (size is None):
-        raise RecipeError("--budget: expected it or --bytes, got both or none; fix: give one")
+        raise RecipeError("--budget: expected either it or --bytes, got both or none; fix: give one")
     if metric not in ("kl", "loss"):
         raise RecipeError(f"--metric: expected kl or loss, got {metric!r}; fix: give one of them")
     resolve_sources(data)
@@ -349,7 +349,7 @@ def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> S
     """The widths to evaluate: None is full precision, "mixed" a width for each layer. Refuses what is not stored."""
     quantization = config.get("quantization_config")
     if quantization is None and bits:
-        raise ModelError(f"{directory}: bits: expected a bbb_ao checkpoint, got a plain model; fix: leave out --bits")
+        raise RecipeError(f"{directory}: bits: expected a bbb_ao checkpoint, got a plain model; fix: leave out --bits")
     if quantization is None:
         return [None]
     if not bits:
@@ -360,7 +360,7 @@ def _widths(directory: str, config: dict[str, Any], bits: list[int] | None) -> S
     for width in bits:
         if width not in stored:
             have = ", ".join(map(str, stored))
-            raise ModelError(f"{directory}: bits: expected one of {have}, as stored, got {width}; fix: change --bits")
+            raise RecipeError(f"{directory}: bits: expected one of {have}, as stored, got {width}; fix: change --bits")
     return bits
 
 

@@ -75,7 +75,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         code, what = (TERMINATED, "terminated") if error.number == signal.SIGTERM else (INTERRUPTED, "interrupted")
         return code, "; ".join([what, *getattr(error, "__notes__", ())])
     if isinstance(error, BitByBitError):
-        return error.exit_code, str(error)
+        return error.exit_code, "; ".join([str(error), *getattr(error, "__notes__", ())])
     # typer's usage errors; their module differs between its versions.
     if hasattr(error, "format_message"):
         context = getattr(error, "ctx", None)

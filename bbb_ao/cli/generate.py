@@ -1,5 +1,6 @@
 """`bbb-ao generate`: continue a prompt, token by token on stdout; the speed stands on stderr."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -53,6 +54,8 @@ def check_opening(directory: str, bits: int | None, budget_gb: float | None) -> 
 
     if bits is not None and budget_gb is not None:
         raise RecipeError("--bits: expected it or --budget-gb, got both; fix: give one")
+    if budget_gb is not None and not 0 < budget_gb < math.inf:
+        raise RecipeError(f"--budget-gb: expected a positive number of GB, got {budget_gb:g}; fix: give one")
     config = check_model_directory(directory, allow_bitbybit=True)
     if "quantization_config" not in config:
         if budget_gb is not None:

@@ -65,8 +65,8 @@ def check_plan(directory: Path, recipe: "Recipe", device: Any, output: str) -> N
 
     found = make_plan(directory, recipe, device, probe=False)
     limits = read_limits(device, output)
-    check_limits(recipe, list(found.phases), limits)
     print_summary(found, limits)
+    check_limits(recipe, list(found.phases), limits)
 
 
 def print_summary(found: "Plan", limits: "Limits") -> None:
@@ -92,8 +92,8 @@ def print_summary(found: "Plan", limits: "Limits") -> None:
     if found.seconds is not None:
         for name, seconds in zip(found.stages, found.seconds, strict=True):
             typer.echo(f"{name}: {_duration(seconds)}")
-        whole = None if None in found.seconds else sum(seconds or 0.0 for seconds in found.seconds)
-        typer.echo(f"training: {_duration(whole)} on {found.device}")
+        if None not in found.seconds:
+            typer.echo(f"training: {_duration(sum(seconds or 0.0 for seconds in found.seconds))} on {found.device}")
 
 
 def _print_layers(found: "Plan") -> None:

@@ -19,7 +19,7 @@ def verify(
     typer.echo("structure: configuration, index and headers agree")
     manifest = check_manifest(Path(directory))
     if manifest is None:
-        typer.echo(f"{MANIFEST}: none, so that changed bytes cannot be told; save the checkpoint again to get one")
+        typer.echo(f"{MANIFEST}: none, so that changed bytes cannot be told; what bbb_ao saves has one")
     else:
         size = manifest.bytes / 2**20
         typer.echo(f"{MANIFEST}: {len(manifest.files)} files, {manifest.tensors} tensors, {size:.1f} MiB as saved")

@@ -64,7 +64,7 @@ def _available() -> Iterator[int]:
             continue
         # Pages of files count as used, but are given up when memory is asked for.
         reclaimable = next((int(row.split()[1]) for row in rows if row.split()[0] == cache), 0)
-        if limit.isdigit() and int(limit) < 2**60:
+        if limit.isdigit():
             yield max(0, int(limit) - current + reclaimable)
 
 
@@ -84,7 +84,9 @@ def check_limits(recipe: Recipe, found: list[Phase], limits: Limits) -> None:
         "step": f"lower {smaller}",
         "batch": "lower batch_size",
     }
-    fix = fixes.get(largest, "use a machine with more memory")
+    fixed = max(sum(count for term, count in phase.host.items() if term not in fixes) for phase in found)
+    hopeless = limits.host is not None and fixed > limits.host
+    fix = "use a machine with more memory" if hopeless or largest not in fixes else fixes[largest]
     _expect(f"{worst.name}: memory", worst.host_bytes, limits.host, fix)
     disk = max(phase.disk for phase in found)
     _expect(f"{tempfile.gettempdir()}: disk", disk, limits.temporary, "set TMPDIR, or lower sequences")

@@ -99,10 +99,11 @@ def pack_sequences(ids: Tensor | Sequence[int], length: int, count: int, seed: i
         raise DataError("data: tokens: expected text, got no token; fix: give a file with text")
     available = ids.numel() // length
     if available < count:
-        if not available:
-            fix = f"give more text, or set sequence_length below {ids.numel()}"
-        else:
-            fix = f"give more text, or set sequences to at most {available}"
+        fix = "give more text"
+        if available:
+            fix += f", or set sequences to at most {available}"
+        elif (shorter := ids.numel() // count) > 1:
+            fix += f", or set sequence_length to at most {shorter}"
         raise DataError(
             f"data: sequences: expected {count} of {length} tokens, got {available} ({ids.numel()} tokens); fix: {fix}"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bbb_ao.durable import append_line
 from bbb_ao.errors import ModelError, ResourceError
 from bbb_ao.packed_linear import packed_linears, set_bits
 from bbb_ao.recipes.compress import pack
@@ -108,8 +109,7 @@ def store_row(directory: str | Path, row: dict[str, Any]) -> None:
     """
     path = Path(directory) / EVALUATIONS
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(path, json.dumps(row))
     except OSError as error:
         raise ResourceError(
             f"{path}: file: expected it writable, got {error.strerror}; fix: free space or permissions"

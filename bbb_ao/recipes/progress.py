@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from bbb_ao.durable import append_line
 from bbb_ao.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -32,39 +33,29 @@ PLAIN_SECONDS = 30.0
 
 
 class JsonLog:
-    """One JSON object a line, flushed as written, so that a killed run leaves whole lines.
+    """One JSON object a line, each written as a whole, so that a run that goes on finds whole lines.
 
     Each has "seconds" (since the log was made) and "event"; NaN and infinities are written as strings. The file is
-    opened by the first line, so that a run refused before its start leaves none.
+    made by the first line, so that a run refused before its start leaves none.
 
     Args:
         path: file to append to; its folder is made.
     Raises:
-        ResourceError: the file cannot be opened or written (from `write`).
+        ResourceError: the file cannot be written (from `write`); nothing of the line is left.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._start = time.monotonic()
-        self._file: TextIO | None = None
 
     def write(self, event: str, **values: Any) -> None:
         record = {"seconds": round(time.monotonic() - self._start, 3), "event": event, **values}
-        line = json.dumps(_finite(record), allow_nan=False, default=str)
         try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8")
-            self._file.write(line + "\n")
-            self._file.flush()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(self.path, json.dumps(_finite(record), allow_nan=False, default=str))
         except OSError as error:
             reason = f"expected a writable file, got {error.strerror}; fix: free space or permissions"
             raise ResourceError(f"{self.path}: log: {reason}") from None
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
 
 
 class Progress:
@@ -97,8 +88,6 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bars:
             self._bars.stop()
-        if self._log:
-            self._log.close()
 
     def event(self, kind: str, **values: Any) -> None:
         """One line of the log."""

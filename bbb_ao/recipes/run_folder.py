@@ -84,7 +84,8 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, Exception):
+        stopped = error is not None and not isinstance(error, Exception)
+        if error is not None and (stopped or (self.record and isinstance(error, ResourceError))):
             begun = f"the same command goes on from {self.position}" if self.record else "nothing was saved"
             error.add_note(begun)
         if not self.record and self.folder.exists():
@@ -98,14 +99,16 @@ class RunFolder:
         record, names = self.record, self.record["names"]
         if record["stage"] == len(names):
             return "the end of its last stage"
-        block = f", block {record['block'] + 1}" if record["block"] else ""
-        step = f", step {record['loop']['step']}" if record["loop"] else ""
-        return f"stage {record['stage'] + 1}/{len(names)} {names[record['stage']]}{block}{step}"
+        stage, block = f"stage {record['stage'] + 1}/{len(names)} {names[record['stage']]}", record["block"]
+        if record["loop"]:
+            return f"{stage}{f', block {block + 1}' if block else ''}, step {record['loop']['step']}"
+        # Not the number of the next one: there may be none.
+        return f"{stage}, block {block} done" if block else stage
 
     @property
     def bytes(self) -> int:
-        """What lies in the folder."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """What lies in the folder, but for the lock."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file() and path.name != LOCK)
 
     def path(self, name: str) -> Path:
         return self.folder / name

@@ -45,7 +45,8 @@ def _expect_count(owner: object, name: str, low: int = 1, high: int = 2**31 - 1)
     """Refuse a field that is not a whole number from low to high; None passes."""
     value = getattr(owner, name)
     valid = value is None or (type(value) is int and low <= value <= high)
-    _expect(valid, name, f"a whole number from {low} to {high}", value, "write it without quotes or a point")
+    fix = "choose one in this range" if type(value) is int else "write it without quotes or a point"
+    _expect(valid, name, f"a whole number from {low} to {high}", value, fix)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The streams between decoder blocks: what enters each block for every calibration sequence, and how to run a block."""
 
 import copy
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -65,13 +66,14 @@ def _map_file(count: int, dtype: torch.dtype) -> Tensor:
     """`count` elements in a temporary file that is gone when the tensor is."""
     size = count * dtype.itemsize
     try:
-        with tempfile.NamedTemporaryFile(prefix="bbb_ao-stream-") as file:
+        # Without a name from the start, so that no kill can leave it.
+        with tempfile.TemporaryFile() as file:
             if hasattr(os, "posix_fallocate"):
                 # A sparse file would end the process with SIGBUS at the first page that finds the disk full.
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
     except OSError as error:
         raise ResourceError(
             f"{tempfile.gettempdir()}: stream: expected {size} bytes, got: {error}; fix: free space, set TMPDIR, "

@@ -76,6 +76,15 @@ def test_a_run_goes_on_when_its_reader_leaves(tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+def test_a_terminal_that_was_closed_is_no_error() -> None:
+    terminal, program = os.openpty()
+    os.close(terminal)
+    with os.fdopen(program, "w") as stream:
+        for _ in range(2):
+            Lasting(stream).write("x" * 10**6)
+            Lasting(stream).flush()
+
+
 def test_output_that_cannot_be_written_is_an_error() -> None:
     with open("/dev/full", "w") as full, pytest.raises(OSError, match="No space left"):
         Lasting(full).write("x" * 10**6)
@@ -127,6 +136,16 @@ def test_signals_end_with_their_code(number: int, code: int, refused, monkeypatc
         signal.signal(signal.SIGINT, inherited)
 
 
+def test_an_ignored_signal_stays_ignored(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a job in the background, which Ctrl-C is not meant for."""
+    monkeypatch.setattr(loader, "shipped_recipes", lambda: os.kill(os.getpid(), signal.SIGINT) or ())
+    inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run("recipes").code == 0
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+
+
 def test_debug_shows_the_traceback(run, tmp_path: Path) -> None:
     for arguments in (("--debug", "inspect", tmp_path), ("inspect", tmp_path, "--debug")):
         result = run(*arguments)
@@ -153,6 +172,12 @@ def test_debug_shows_the_traceback(run, tmp_path: Path) -> None:
 )
 def test_exit_codes(error: BaseException, code: int) -> None:
     assert explain(error)[0] == code
+
+
+def test_what_a_stopped_run_adds_stands_in_its_line() -> None:
+    error = errors.ResourceError("disk: full; fix: free it")
+    error.add_note("the same command goes on from stage 1/3")
+    assert explain(error) == (5, "disk: full; fix: free it; the same command goes on from stage 1/3")
 
 
 def test_escape_keeps_text_and_shows_the_rest() -> None:
@@ -204,7 +229,7 @@ def test_eval_takes_the_context_as_its_window(run, refused, model: Path, data: P
 
 
 def test_bits_of_a_plain_model_are_refused(refused, model: Path, data: Path) -> None:
-    assert "leave out --bits" in refused(3, "eval", model, "--data", data, "--bits", 4, 2)
+    assert "leave out --bits" in refused(2, "eval", model, "--data", data, "--bits", 4, 2)
 
 
 def test_unknown_device_is_refused(refused, model: Path, data: Path) -> None:

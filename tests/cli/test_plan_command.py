@@ -33,20 +33,31 @@ def test_plan_for_machines(run, model: Path) -> None:
     assert found["available"]["host"] > found["host_bytes"]
 
 
-def test_plan_refuses_as_train_does(refused, model: Path) -> None:
+def test_plan_refuses_as_train_does(refused, model: Path, monkeypatch) -> None:
+    def imported(*arguments: object) -> None:
+        raise AssertionError("torch was imported, which takes seconds")
+
     assert "targets.0" in refused(2, "plan", model, "--recipe", "smoke", *SMALL, "targets=['.*qproj']")
     assert "did you mean" in refused(2, "plan", model, "--recipe", "smoke", "--set", "sequenc=4")
     assert "at most the model's 64 positions" in refused(2, "plan", model, "--recipe", "smoke", "--set", "sequences=4")
+    monkeypatch.setattr("bbb_ao.planning.make_plan", imported)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+    assert "auto_map" in refused(3, "plan", model, "--recipe", "smoke", *SMALL)
     (model / "config.json").write_text("{}")
     assert "model_type" in refused(3, "plan", model, "--recipe", "smoke")
     (model / "config.json").unlink()
     assert "config.json" in refused(3, "plan", model, "--recipe", "smoke")
 
 
-@pytest.mark.parametrize(("short", "what"), [("host", "memory: expected"), ("temporary", "disk: expected")])
+@pytest.mark.parametrize(
+    ("short", "what"),
+    [("host", "memory: expected"), ("temporary", "disk: expected"), ("output", "free for the result and the run's")],
+)
 def test_plan_says_what_train_would_refuse(short: str, what: str, run, model: Path, monkeypatch) -> None:
-    enough = {"device": None, "host": 2**40, "output": 2**40, "temporary": 2**40}
-    monkeypatch.setattr("bbb_ao.planning.read_limits", lambda *_: limits.Limits(**{**enough, short: 1000}))
+    free = {"device": None, "host": 2**40, "output": 2**40, "temporary": 2**40, short: 1000}
+    monkeypatch.setattr("bbb_ao.planning.read_limits", lambda *_: limits.Limits(**free))
+    monkeypatch.setattr("bbb_ao.outputs.free_space", lambda path: free["output"])
     result = run("plan", model, "--recipe", "smoke", "--no-probe", *SMALL, "cache=disk")
     assert result.code == 0
     last = result.out.splitlines()[-1]
@@ -54,7 +65,7 @@ def test_plan_says_what_train_would_refuse(short: str, what: str, run, model: Pa
     assert what in last
 
 
-def test_train_refuses_what_cannot_fit(refused, model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_train_refuses_what_cannot_fit(run, refused, model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
     def loaded(*arguments: object) -> None:
         raise AssertionError("weights were loaded")
 
@@ -65,6 +76,8 @@ def test_train_refuses_what_cannot_fit(refused, model: Path, data: Path, tmp_pat
     message = refused(5, "train", model, *files, *SMALL)
     assert "expected" in message
     assert "1.0 kB" in message
+    shown = run("train", model, *files, *SMALL).out
+    assert shown.splitlines()[-1].endswith("of 1.0 kB free"), "what it is refused for stands above"
 
 
 def test_train_prints_the_plan_first(run, model: Path, data: Path, tmp_path: Path) -> None:

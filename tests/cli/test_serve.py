@@ -183,6 +183,11 @@ def test_bad_messages_get_400(send, messages: object) -> None:
     answered(send(CHAT, {"messages": messages}), 400, "messages: expected a list of objects with role and content")
 
 
+def test_a_bad_request_is_refused_before_its_turn_and_its_stream(server: CompletionServer, send) -> None:
+    with server.turn():
+        answered(send(COMPLETIONS, ask(bits=9, stream=True)), 400, "bits: expected one of")
+
+
 def test_messages_that_the_template_refuses_get_400(send) -> None:
     answered(send(CHAT, {"messages": [{"role": "system", "content": "x"}]}), 400, "no system")
 
@@ -202,9 +207,12 @@ def test_other_statuses(server: CompletionServer, send) -> None:
 
 
 def test_failures_get_500_and_the_server_goes_on(server: CompletionServer, send, monkeypatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a\n\x1b[2J")
+
     with monkeypatch.context() as patch:
-        patch.setattr(server.writer, "write", lambda *arguments: 1 / 0)
-        answered(send(COMPLETIONS, ask()), 500, "unexpected ZeroDivisionError")
+        patch.setattr(server.writer, "write", fail)
+        answered(send(COMPLETIONS, ask()), 500, r"unexpected ZeroDivisionError: a\n\x1b[2J")
         stream = send(COMPLETIONS, ask(stream=True))
         assert stream.status == 200
         assert json.loads(stream.body.removeprefix(b"data: "))["error"]["type"] == "server_error"
@@ -224,6 +232,15 @@ def test_a_client_that_leaves_ends_its_answer(server: CompletionServer, send, ca
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     assert send(COMPLETIONS, ask()).status == 200
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_client_that_stops_sending_is_let_go(server: CompletionServer, monkeypatch, capsys) -> None:
+    assert http_api.Handler.timeout == http_api.SOCKET_SECONDS
+    monkeypatch.setattr(http_api.Handler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", server.server_port), 20) as client:
+        client.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nContent-Length: 9\r\n\r\n{{".encode())
+        assert client.recv(100) == b""
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -72,7 +72,7 @@ def test_inspect_and_eval_of_a_packed_head(run, trained: Path, tiny_model: Path,
     assert run("eval", tmp_path / "out", *text, "--bits", 8, 2).code == 0
 
 
-def test_assign_gives_layers_their_own_widths(run, refused, trained: Path, tmp_path: Path) -> None:
+def test_assign_gives_layers_their_own_widths(run, refused, trained: Path, tmp_path: Path, monkeypatch) -> None:
     data = ("--data", trained / "data.jsonl")
     result = run("assign", trained / "out", *data, "--output", tmp_path / "mixed", "--budget", 5, "--drop-planes")
     assert (result.code, result.err) == (0, "")
@@ -89,12 +89,16 @@ def test_assign_gives_layers_their_own_widths(run, refused, trained: Path, tmp_p
     assert evaluated["ppl"] not in (wide["ppl"], narrow["ppl"])
     assert "mixed widths: perplexity" in run("eval", tmp_path / "mixed", *data).out
     out = ("--output", tmp_path / "other")
-    assert "got both or none" in refused(2, "assign", trained / "out", *data, *out)
+    for size in ((), ("--budget", 3, "--bytes", 10**6)):
+        assert "got both or none" in refused(2, "assign", trained / "out", *data, *out, *size)
     assert "budget: expected at least" in refused(2, "assign", trained / "out", *data, *out, "--bytes", 10)
     assert "two stored widths" in refused(2, "assign", trained / "out", *data, *out, "--budget", 3, "--bits", 2)
     assert "expected kl or loss" in refused(2, "assign", trained / "out", *data, *out, "--budget", 3, "--metric", "l2")
-    assert "as stored" in refused(3, "assign", tmp_path / "mixed", *data, *out, "--budget", 3, "--bits", 2, 8)
+    assert "as stored" in refused(2, "assign", tmp_path / "mixed", *data, *out, "--budget", 3, "--bits", 2, 8)
     assert "two stored widths" in refused(2, "assign", tmp_path / "mixed", *data, *out, "--budget", 3)
+    monkeypatch.setattr("bbb_ao.checkpoint.openable_widths", lambda directory: 1 / 0)
+    taken = ("--output", tmp_path / "mixed", "--budget", 3)
+    assert "empty or missing" in refused(2, "assign", trained / "out", *data, *taken), "before anything is measured"
 
 
 def test_one_seed_gives_one_checkpoint(run, trained: Path, tiny_model: Path, tmp_path: Path) -> None:

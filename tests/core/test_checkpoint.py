@@ -52,6 +52,10 @@ def test_loading_in_another_type_keeps_the_packed_state(checkpoint, dtype: torch
     assert logits(loaded).dtype == dtype
 
 
+def test_every_file_is_for_the_same_readers(checkpoint) -> None:
+    assert len({path.stat().st_mode for path in checkpoint.path.iterdir()}) == 1
+
+
 def test_generate_gives_the_same_tokens_before_and_after(checkpoint) -> None:
     settings = {"max_new_tokens": 12, "do_sample": False}
     before = set_bits(checkpoint.model, 4).generate(TOKENS, **settings)

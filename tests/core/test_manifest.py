@@ -124,30 +124,50 @@ def test_no_manifest_is_none(copied: Path) -> None:
 
 
 DIGEST = "0" * 64
+ODD = "expected bytes and sha256, got something else"
 BAD = {
-    "empty": "",
-    "a list": "[]",
-    "a newer version": {"format_version": 2, "files": {}},
-    "no files": {"format_version": 1},
-    "files a list": {"format_version": 1, "files": ["config.json"]},
-    "no hash": {"format_version": 1, "files": {"config.json": {"bytes": 1}}},
-    "no size": {"format_version": 1, "files": {"config.json": {"sha256": DIGEST}}},
-    "a size of text": {"format_version": 1, "files": {"config.json": {"bytes": "1", "sha256": DIGEST}}},
-    "a short hash": {"format_version": 1, "files": {"config.json": {"bytes": 1, "sha256": "00"}}},
-    "tensors a list": {"format_version": 1, "files": {"config.json": {"bytes": 1, "sha256": DIGEST, "tensors": [1]}}},
-    "another field": {"format_version": 1, "files": {"config.json": {"bytes": 1, "sha256": DIGEST, "code": "x"}}},
-    "a path outside": {"format_version": 1, "files": {"../../etc/passwd": {"bytes": 1, "sha256": DIGEST}}},
-    "an absolute path": {"format_version": 1, "files": {"/etc/hostname": {"bytes": 1, "sha256": DIGEST}}},
-    "a device": {"format_version": 1, "files": {"/dev/zero": {"bytes": 0, "sha256": DIGEST}}},
-    "deeply nested": '{"a":' * 10**5,
+    "empty": ("", "content: expected JSON"),
+    "a list": ("[]", "format_version: expected 1, got None"),
+    "a newer version": ({"format_version": 2, "files": {}}, "format_version: expected 1, got 2"),
+    "no files": ({"format_version": 1}, "files: expected names and hashes"),
+    "files a list": ({"format_version": 1, "files": ["config.json"]}, "files: expected names and hashes"),
+    "deeply nested": ('{"a":' * 10**5, "nesting"),
+}
+GOOD = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+BAD_FILES = {
+    "no hash": ("config.json", {"bytes": 1}, ODD),
+    "no size": ("config.json", {"sha256": GOOD["sha256"]}, ODD),
+    "a size of text": ("config.json", GOOD | {"bytes": "1"}, ODD),
+    "a short hash": ("config.json", GOOD | {"sha256": "00"}, ODD),
+    "a hash that is a number": ("config.json", GOOD | {"sha256": 0}, ODD),
+    "a hash in capitals": ("config.json", GOOD | {"sha256": "A" * 64}, ODD),
+    "tensors a list": ("config.json", GOOD | {"tensors": [1]}, ODD),
+    "a tensor without a hash": ("config.json", GOOD | {"tensors": {"a": None}}, ODD),
+    "another field": ("config.json", GOOD | {"code": "x"}, ODD),
+    "a record of text": ("config.json", "x", ODD),
+    "a path outside": ("../../etc/passwd", GOOD, "link out of it"),
+    "an absolute path": ("/etc/hostname", GOOD, "link out of it"),
+    "a device": ("/dev/zero", GOOD, "link out of it"),
+    "a folder": ("folder", GOOD, "regular file"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_manifests_are_refused(tmp_path: Path, name: str) -> None:
-    content = BAD[name]
+    content, words = BAD[name]
     (tmp_path / MANIFEST).write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ModelError, match=r"expected .*; fix: "):
+    with pytest.raises(ModelError, match=rf"{MANIFEST}: {words}.*; fix: "):
+        check_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_records_of_files_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("x")
+    (tmp_path / "folder").mkdir()
+    file, record, words = BAD_FILES[name]
+    files = {"config.json": GOOD, file: record}
+    (tmp_path / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}))
+    with pytest.raises(ModelError, match=rf"{words}.*; fix: "):
         check_manifest(tmp_path)
 
 

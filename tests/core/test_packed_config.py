@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -103,29 +104,66 @@ def test_odd_values_at_the_top_are_refused(good: dict, field: str) -> None:
             check_packed_config(value)
 
 
-BAD = {
-    "another field": lambda c: c["modules"][NAME].update(code="x"),
-    "columns that are no groups": lambda c: c["modules"][NAME].update(stored_features=161),
-    "fewer columns than channels": lambda c: c["modules"][NAME].update(stored_features=64),
-    "columns of another index": lambda c: c["modules"][NAME].update(stored_features=192),
-    "an index of other channels": lambda c: c["modules"][NAME].update(in_features=95),
-    "an index of no one": lambda c: c["modules"][NAME].update(index_source="model.layers.0.input_layernorm.weight"),
-    "no index": lambda c: c["modules"][NAME].update(index_source=None),
-    "another's own index": lambda c: c["modules"]["model.layers.0.self_attn.o_proj"].update(index_source="x.ocs_index"),
-    "more padding than columns": lambda c: c["modules"][NAME].update(padding=65),
-    "rows that are no groups": lambda c: c["modules"]["model.layers.0.mlp.gate_proj"].update(stored_rows=161),
-    "fewer rows": lambda c: c["modules"]["model.layers.0.mlp.gate_proj"].update(stored_rows=64),
-    "a width that is not stored": lambda c: c["modules"][NAME].update(max_bits=4, bits=8),
-    "wider than the parent": lambda c: c["grid"].update(parent_bits=4),
-    "an integer grid's zero points": lambda c: c["grid"].update(kind="integer"),
-    "a norm's columns": lambda c: c["duplicated_outputs"].update({"model.layers.0.input_layernorm": 97}),
+BAD: dict[str, tuple[Callable[[dict], object], str]] = {
+    "another field": (lambda c: c["modules"][NAME].update(code="x"), "known fields"),
+    "columns that are no groups": (
+        lambda c: c["modules"][NAME].update(stored_features=161),
+        "stored_features: expected whole groups of 32, at least 96, got 161",
+    ),
+    "fewer columns than channels": (
+        lambda c: c["modules"][NAME].update(stored_features=64),
+        "stored_features: expected whole groups of 32, at least 96, got 64",
+    ),
+    "columns of another index": (
+        lambda c: c["modules"][NAME].update(stored_features=192),
+        "index_source: expected an index from 96 to 192 columns",
+    ),
+    "an index of other channels": (
+        lambda c: c["modules"][NAME].update(in_features=95),
+        "index_source: expected an index from 95 to 160 columns",
+    ),
+    "an index of no one": (
+        lambda c: c["modules"][NAME].update(index_source="model.layers.0.input_layernorm.weight"),
+        "index_source: expected an index of a norm or of a layer's rows",
+    ),
+    "no index": (
+        lambda c: c["modules"][NAME].update(index_source=None),
+        "stored_features: expected 96, as there is no index",
+    ),
+    "another's own index": (
+        lambda c: c["modules"]["model.layers.0.self_attn.o_proj"].update(index_source="x.ocs_index"),
+        "index_source: expected model.layers.0.self_attn.o_proj.ocs_index",
+    ),
+    "more padding than columns": (lambda c: c["modules"][NAME].update(padding=65), "padding: expected at most 64"),
+    "rows that are no groups": (
+        lambda c: c["modules"]["model.layers.0.mlp.gate_proj"].update(stored_rows=161),
+        "stored_rows: expected whole groups of 32, at least 96, got 161",
+    ),
+    "fewer rows": (
+        lambda c: c["modules"]["model.layers.0.mlp.gate_proj"].update(stored_rows=64),
+        "stored_rows: expected whole groups of 32, at least 96, got 64",
+    ),
+    "a width that is not stored": (
+        lambda c: c["modules"][NAME].update(max_bits=4, bits=8),
+        "bits: expected a stored width, up to 4",
+    ),
+    "wider than the parent": (lambda c: c["grid"].update(parent_bits=4), "max_bits: expected at most parent_bits, 4"),
+    "an integer grid's zero points": (
+        lambda c: c["grid"].update(kind="integer"),
+        "zero_point_bits: expected 2 on the integer grid",
+    ),
+    "a norm's columns": (
+        lambda c: c["duplicated_outputs"].update({"model.layers.0.input_layernorm": 97}),
+        "expected whole groups of columns",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_sizes_that_do_not_fit_each_other_are_refused(good: dict, name: str) -> None:
-    BAD[name](good)
-    with pytest.raises(ModelError, match=r"^config\.json: quantization_config\..*: expected .*, got .*; fix: "):
+    change, words = BAD[name]
+    change(good)
+    with pytest.raises(ModelError, match=rf"^config\.json: quantization_config\..*{words}.*; fix: "):
         check_packed_config(good)
 
 

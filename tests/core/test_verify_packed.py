@@ -110,6 +110,16 @@ def test_a_wrong_plane_layout_is_seen() -> None:
         verify_packed(model)
 
 
+def test_the_bound_is_narrower_than_the_smallest_step_of_a_weight() -> None:
+    layer = copy.deepcopy(packed_linears(set_bits(copy.deepcopy(packed_llama()), 8))[UP])
+    assert layer.plane_low is not None
+    x = torch.ones(1, layer.in_features if layer.expands_input else layer.stored_features)
+    exact, bound = reference_product(layer, x)
+    layer.plane_low[:, 0] ^= 1
+    changed, _ = reference_product(layer, x)
+    assert bool(((changed - exact).abs() > bound).all())
+
+
 def test_layers_that_no_token_reaches_are_checked_too() -> None:
     model = copy.deepcopy(packed_llama())
     expert = copy.deepcopy(packed_linears(model)[UP])

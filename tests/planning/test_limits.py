@@ -46,6 +46,12 @@ def test_advice_names_a_key_that_can_still_be_lowered(make_recipe) -> None:
         check_limits(make_recipe(micro_batch=1), FOUND, short)
 
 
+def test_advice_is_given_only_where_it_suffices(make_recipe) -> None:
+    for host, fix in ((100, "cache=disk"), (99, "use a machine with more memory")):
+        with pytest.raises(ResourceError, match=f"stage 1 w2a16: memory: .*; fix: .*{fix}"):
+            check_limits(make_recipe(), FOUND, Limits(None, host, None, None))
+
+
 def test_container_limits_count(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n")
     monkeypatch.setattr(limits, "MEMORY_INFO", tmp_path / "meminfo")

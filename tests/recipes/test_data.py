@@ -61,8 +61,11 @@ def test_fewer_sequences_than_asked_says_how_many() -> None:
     expected = r"expected 8 of 10 tokens, got 5 \(57 tokens\); fix: .*sequences to at most 5"
     with pytest.raises(DataError, match=expected):
         pack_sequences(torch.arange(57), 10, 8, 0)
-    with pytest.raises(DataError, match="sequence_length below 57"):
+    with pytest.raises(DataError, match=r"give more text, or set sequence_length to at most 7$"):
         pack_sequences(torch.arange(57), 100, 8, 0)
+    assert pack_sequences(torch.arange(57), 7, 8, 0).shape == (8, 7)
+    with pytest.raises(DataError, match=r"give more text$"):
+        pack_sequences(torch.arange(15), 100, 8, 0)
     with pytest.raises(DataError, match="no token"):
         pack_sequences([], 10, 8, 0)
 

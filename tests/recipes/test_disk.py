@@ -72,8 +72,10 @@ def test_a_run_takes_what_was_predicted(
 def test_what_an_earlier_start_left_counts_as_room(tmp_path: Path) -> None:
     free = free_space(tmp_path)
     check_space(tmp_path / "out", free + 10**12, held=2 * 10**12)
-    with pytest.raises(ResourceError, match=r"disk: expected .* free for the result and the run's state"):
+    with pytest.raises(ResourceError, match=r"disk: expected .* and the run's state, got \S+ .?B; fix"):
         check_space(tmp_path / "out", free + 10**12)
+    with pytest.raises(ResourceError, match=r"got \S+ .B beside 1\.0 kB that the run has written; fix"):
+        check_space(tmp_path / "out", free + 10**12, held=1000)
 
 
 def test_sizes_for_people() -> None:

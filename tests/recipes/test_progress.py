@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,10 +88,29 @@ def test_log_is_flushed_line_by_line_and_appended(tmp_path: Path) -> None:
         "limits": ["inf", 1.0],
         "file": str(tmp_path),
     }
-    log.close()
     log.write("b")
-    log.close()
-    assert len(path.read_text().splitlines()) == 2
+    JsonLog(path).write("c")
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_no_part_of_a_line_stays_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonLog(path)
+    log.write("a")
+    whole = path.read_text()
+
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            return super().write(content[:9])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode.replace("b", "")))
+        with pytest.raises(ResourceError, match=r"log\.jsonl: log: expected a writable file, got No space left"):
+            log.write("b")
+    assert path.read_text() == whole
+    path.write_text(whole + whole[:9])
+    JsonLog(path).write("c")
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
 def test_log_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bbb_ao.checkpoint import describe
 from bbb_ao.errors import NumericsError, ResourceError, ResumeError
@@ -238,6 +239,25 @@ def test_nan_keeps_the_last_good_state(go, whole, tmp_path, monkeypatch):
     assert digests(output) == whole()
 
 
+@pytest.mark.parametrize(("number", "stage"), [(1, "stage 1/4 w8a16, block 1 done"), (2, "stage 2/4 w8+4+2a16")])
+def test_a_weight_that_no_loss_has_seen_is_not_saved(number, stage, go, tmp_path, monkeypatch):
+    """Of the last step of a block, and of one after which the loop is saved."""
+    good, calls = optimization.update, iter(range(1000))
+
+    def update(optimizer, *given):
+        loss = good(optimizer, *given)
+        if next(calls) == number:
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimization, "update", update)
+        with pytest.raises(NumericsError, match=r"^model\.layers\.\d: \S+: a weight is NaN or infinite at step 1; fix"):
+            go(tmp_path / "out")
+    with RunFolder(tmp_path / "out") as run:
+        assert run.position == stage
+
+
 def test_a_loss_that_grows_is_refused(make_model, make_recipe, ids):
     stage = Stage(epochs=30, lr=5.0, batch_size=4)
     with pytest.raises(NumericsError, match=r"^model\.layers\.0: w2a16: the loss has grown from .* at step \d+; fix"):
@@ -256,6 +276,7 @@ def test_another_recipe_is_refused_unless_unfinished_stages_are_amended(go, tmp_
     with pytest.raises(ResumeError, match=r"^stages\.2\.lr: recipe: expected 0\.0003.* got 0\.0001; fix: .*--amend"):
         go(output, changed(2, lr=1e-4))
     refused = [changed(0, lr=1e-4), changed(3, train="all"), replace(RECIPE, seed=1), replace(RECIPE, split=None)]
+    refused += [replace(RECIPE, stages=stages) for stages in (RECIPE.stages[:3], (*RECIPE.stages, RECIPE.stages[3]))]
     for recipe in refused:
         with pytest.raises(ResumeError, match=r"^[\w.]+: recipe: expected .* fix: restore it, or begin afresh"):
             go(output, recipe, amend=True)
@@ -290,6 +311,33 @@ def test_restart_forgets_the_state(go, whole, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "no checkpoint of the forgotten run is left"
 
 
+@pytest.mark.parametrize("change", ["a name", "a shape", "a channel"])
+def test_a_state_that_was_prepared_otherwise_is_refused(change, go, tmp_path, monkeypatch):
+    recipe = replace(RECIPE, generated=0, stages=RECIPE.stages[:1], default_bits=8)
+    with pytest.raises(Stop):
+        go(tmp_path / "out", recipe, report=StopsAtStep(2))
+    before = digests(tmp_path / "out.run")
+
+    def load(path: Path) -> dict[str, torch.Tensor]:
+        held = load_file(path)
+        if change == "a name":
+            del held["mlp.up_proj.weight"]
+        elif change == "a shape":
+            held["mlp.up_proj.weight"] = held["mlp.up_proj.weight"][1:]
+        else:
+            held["input_layernorm.duplicate_index"] = held["input_layernorm.duplicate_index"].flip(0)
+        return held
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "load_file", load)
+        name = {"a channel": "input_layernorm.duplicate_index"}.get(change, "mlp.up_proj.weight")
+        with pytest.raises(
+            ResumeError, match=rf"layers\.0\.safetensors: {name}: expected what this machine and version"
+        ):
+            go(tmp_path / "out", recipe)
+    assert digests(tmp_path / "out.run") == before
+
+
 def test_a_damaged_state_is_refused(go, tmp_path):
     output, folder = tmp_path / "out", tmp_path / "out.run"
     with pytest.raises(Stop):
@@ -321,8 +369,12 @@ def test_a_full_disk_leaves_the_state_before(go, whole, tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(ResourceError, match=r"out\.run/\S+: file: expected to write it, got: .*No space left"):
+        with pytest.raises(
+            ResourceError, match=r"out\.run/\S+: file: expected to write it, got: .*No space left"
+        ) as full:
             go(output)
+        with RunFolder(output) as run:
+            assert full.value.__notes__ == [f"the same command goes on from {run.position}"]
     assert not [path for path in (tmp_path / "out.run").iterdir() if path.name.startswith(".")]
     go(output)
     assert digests(output) == whole()

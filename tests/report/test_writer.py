@@ -33,7 +33,8 @@ def test_another_file_is_not_overwritten(write_run, tmp_path: Path) -> None:
     (tmp_path / "thesis.html").write_text("<p>mine</p>")
     (tmp_path / "empty.html").touch()
     (tmp_path / "link.html").symlink_to(tmp_path / "thesis.html")
-    for name in ("thesis.html", "empty.html", "link.html", "out"):
+    (tmp_path / "report.html").symlink_to(write_report(directory))
+    for name in ("thesis.html", "empty.html", "link.html", "report.html", "out"):
         with pytest.raises(RecipeError, match=rf"{name}: output: expected .*; fix: choose another"):
             write_report(directory, tmp_path / name)
     assert (tmp_path / "thesis.html").read_text() == "<p>mine</p>"

@@ -29,6 +29,16 @@ def refused(refused: Callable[..., str]) -> Callable[..., str]:
     return call
 
 
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that gets as far as its plan, which takes half a minute for a large model, fails the test."""
+
+    def planned(*arguments: object) -> None:
+        raise AssertionError("planned")
+
+    monkeypatch.setattr("bbb_ao.cli.commands.check_plan", planned)
+
+
 @pytest.fixture(scope="session")
 def whole_checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model split, rounded to nearest and packed with all widths; it opens at 4 bits."""

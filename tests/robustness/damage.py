@@ -142,6 +142,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "LFS pointer": (replace(WEIGHTS, LFS), "Git LFS pointer"),
     "HTML": (replace(WEIGHTS, b"<!DOCTYPE html><html></html>"), "HTML"),
     "zip archive": (replace(WEIGHTS, b"PK\x03\x04\x14\x00\x08\x08" + b"\0" * 99), "archive"),
+    "no tensors": (replace(WEIGHTS, struct.pack("<Q", 2) + b"{}"), "expected tensors, got none"),
     "header no JSON": (edit_header(lambda header: "{" * 99), "JSON"),
     "header a list": (edit_header(lambda header: "[]"), "JSON object"),
     "duplicate name": (edit_header(duplicate_name), "twice"),
@@ -152,6 +153,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "control character in a name": (edit_header(lambda h: h.update({"a\x1b[2J": first_entry(h)})), "printable"),
     "hole": (edit_header(lambda h: first_entry(h).update(data_offsets=[0, 4], shape=[1], dtype="F32")), "hole"),
     "overlap": (edit_header(lambda h: h.update(x=first_entry(h))), "overlap"),
+    "more bytes than values": (edit_header(lambda h: first_entry(h).update(shape=[1])), "bytes for"),
     "shape overflow": (edit_header(lambda h: first_entry(h).update(shape=[2**40, 2**40])), "bytes for"),
     "shape of no values": (
         edit_header(lambda h: h.update(x={"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]})),

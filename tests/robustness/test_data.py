@@ -13,7 +13,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "empty jsonl": ("d.jsonl", b"", "an empty file"),
     "blank jsonl": ("d.jsonl", b"\n \n", "an empty file"),
     "empty txt": ("d.txt", b"", "an empty file"),
-    "no token": ("d.txt", b"", "an empty file"),
+    "no token": ("d.jsonl", b'{"text": ""}\n{"text": ""}\n', "at least one window of 64, got 2"),
     "shorter than a window": ("d.txt", b"a few words", "at least one window of 64, got 11"),
     "missing column": ("d.jsonl", (GOOD + '{"txt": "a"}\n').encode(), "line 2: column: expected 'text', got txt"),
     "text a number": ("d.jsonl", (GOOD + '{"text": 3}\n').encode(), "line 2: text: expected a string, got int"),

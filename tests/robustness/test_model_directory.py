@@ -52,6 +52,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = FILES | {
     ),
     "remote code": (edit_json("config.json", auto_map={"AutoModel": "code.Model"}), "auto_map"),
     "remote code inside": (edit_json("config.json", text_config={"auto_map": {"AutoModel": "a.B"}}), "auto_map"),
+    "remote code in a list": (edit_json("config.json", parts=[[{"auto_map": {"AutoModel": "a.B"}}]]), "auto_map"),
     "remote tokenizer": (edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}), "auto_map"),
     "already quantized": (edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "'gptq'"),
     "compressed": (edit_json("config.json", compression_config={"quant_method": "x"}), "quantization_config"),
@@ -79,6 +80,7 @@ def train(model: object, data: Path, tmp_path: Path, recipe: str = "smoke") -> t
     return ("train", model, "--data", data, "--recipe", recipe, "--output", tmp_path / "out", *SMALL)
 
 
+@pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_directory_is_refused(name: str, refused, model: Path, data: Path, tmp_path: Path) -> None:
     damage, expected = DAMAGE[name]
@@ -103,7 +105,8 @@ def test_damage_that_shows_in_the_loaded_model_is_refused(
 
 @pytest.mark.parametrize("name", ["missing", "/dev/null", "a/b/c", "org/name", "", "no\nsuch", "x" * 300, "x\0y"])
 def test_missing_model_is_refused(name: str, refused, data: Path, tmp_path: Path) -> None:
-    refused(3, *train(name, data, tmp_path))
+    expected = {"/dev/null": "got a file", "org/name": "offline"}.get(name, "got nothing there")
+    assert expected in refused(3, *train(name, data, tmp_path))
     for command in ("inspect", "verify", "doctor"):
         refused(3, command, name)
 

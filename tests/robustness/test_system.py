@@ -35,6 +35,7 @@ def test_output_equal_to_the_model_is_refused(train, model: Path, tmp_path: Path
         assert "other than the model's" in train(2, output)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_output_that_holds_something_is_refused(train, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
@@ -77,11 +78,14 @@ def test_read_only_folders_are_refused(
         (tmp_path / "locked" / "out").mkdir()
         (tmp_path / "locked").chmod(0o555)
     allowed = os.access
+    (tmp_path / "old.jsonl").touch(mode=0o444)
     if os.geteuid() == 0:
         # Root may write anywhere.
-        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and allowed(path, mode))
+        closed = ("locked", "old.jsonl")
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in closed and allowed(path, mode))
     assert "writable" in train(5, tmp_path / "locked" / "out")
     assert "writable" in train(5, tmp_path / "out", "--log", tmp_path / "locked" / "log.jsonl")
+    assert "log: expected a writable file" in train(5, tmp_path / "out", "--log", tmp_path / "old.jsonl")
 
 
 def test_a_full_disk_is_refused_at_the_start(
