@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [--output benchmarks/results/decode.json] [--impl bf16 w2a16] [--batch 1] [--layers 4]
 
-Greedy, 256 prompt tokens and 256 new ones, static cache. The prompt's pass and the decoding step are compiled, and a CUDA
-graph each, so that no time of the host counts. One row for each implementation and batch:
+Greedy, 256 prompt tokens and 256 new ones, static cache. The prompt's pass and the decoding step are compiled, and each
+is a CUDA graph, so that no time of the host counts. One row for each implementation and batch:
 
     tokens_per_second    batch * new tokens / (prompt's pass and all steps); median of the runs; low, high: the extremes
     step_tokens_per_second   the same of the steps alone; prefill_milliseconds: the prompt's pass

@@ -1,9 +1,9 @@
 """A Llama with random weights, packed or not, and its greedy decoding loop as two functions without host work.
 
 `Decoder.prefill` and `Decoder.step` read and write tensors that stay in place, so that each can be captured in a CUDA
-graph. Both are three compiled functions: the start, one for a number of blocks (which differ in their tensors only;
-for the prompt it is one block), the tail. A block ends with the next block's first norm, so that Inductor fuses it with the sum of the residual stream,
-as it does when it sees the whole model. Every implementation runs this same loop.
+graph. Both are three compiled functions: the start, one for a number of blocks (which differ in their tensors only; for
+the prompt it is one block), the tail. A block ends with the next block's first norm, so that Inductor fuses it with the
+sum of the residual stream, as it does when it sees the whole model. Every implementation runs this same loop.
 """
 
 import math

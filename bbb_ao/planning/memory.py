@@ -27,6 +27,8 @@ from bbb_ao.recipes.stages import Stage
 GENERATION_BATCH = 64
 # Of each weight of a layer that is packed: its master, scaled, rounded and clamped in float32, and codes.
 PACKING_BYTES = 20
+# What cuBLAS takes for each thread that calls it, on compute capability 9.0; older ones take less.
+WORKSPACE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def generation(job: Job) -> Phase:
     # The cache of a layer is copied when it grows; logits, probabilities and their quotient are float32.
     device = {"cache": 2 * states * (len(job.blocks) + 1), "logits": 3 * 4 * rows * config.vocab_size}
     model = {"model": tensor_bytes(job.model)}
+    device |= workspaces(job, 1)
     return _phase(job, "generate", device | ({} if job.on_cpu else model), model if job.on_cpu else {}, 0)
 
 
@@ -101,7 +104,7 @@ def activations(job: Job) -> Phase:
     block = copy.deepcopy(find_blocks(job.model)[job.largest][1]).float()
     forward = norms_bytes(block, job.calls[job.largest], shape, job.device)
     device = {"teacher": teacher_block(job), "forward": forward}
-    return _phase(job, "norms", device, models(job), 1 + (kept_streams(job) or 2))
+    return _phase(job, "norms", device | workspaces(job, 1), models(job), 1 + (kept_streams(job) or 2))
 
 
 def block_stage(job: Job, number: int) -> Phase:
@@ -117,7 +120,7 @@ def block_stage(job: Job, number: int) -> Phase:
     }
     if not job.on_cpu:
         # On a CPU the block is the model's own.
-        device |= {"masters": tensor_bytes(job.blocks[job.largest]), "calls": calls(job)}
+        device |= {"masters": tensor_bytes(job.blocks[job.largest]), "calls": calls(job)} | workspaces(job, 2)
     return _phase(job, job.name(number), device, models(job), live_streams(job, sources))
 
 
@@ -130,8 +133,13 @@ def model_stage(job: Job, number: int) -> Phase:
     }
     host = models(job)
     if not job.on_cpu:
-        device, host = device | host, {}
+        device, host = device | host | workspaces(job, 2), {}
     return _phase(job, job.name(number), device, host, kept_streams(job) + 1)
+
+
+def workspaces(job: Job, threads: int) -> dict[str, int]:
+    """cuBLAS's own memory; forward and backward passes call it from a thread each."""
+    return {} if job.on_cpu else {"workspaces": threads * WORKSPACE_BYTES}
 
 
 def models(job: Job) -> dict[str, int]:
