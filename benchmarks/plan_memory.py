@@ -158,6 +158,7 @@ def main() -> None:
         print(json.dumps(measure(Path(directory), model, int(case), device, arguments.seed)))
         return
     rows: list[dict[str, Any]] = []
+    where = {**environment(arguments.seed), "kind": device.type}
     with tempfile.TemporaryDirectory() as shape:
         AutoConfig.for_model(
             "llama", **SHAPE_8B, num_hidden_layers=2, vocab_size=1024, dtype="bfloat16"
@@ -170,13 +171,12 @@ def main() -> None:
                 # glibc raises the size from which memory is returned at once, unless it is set.
                 process = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16), "HF_HUB_OFFLINE": "1"}
                 done = subprocess.run(command, env=process, stdout=subprocess.PIPE, text=True, check=True)
-                rows += json.loads(done.stdout.splitlines()[-1])
-                for row in rows:
-                    if row["model"] == model and row["case"] == CASES[model][case][0]:
-                        sizes = f"{row['predicted_bytes'] / 1e6:9.1f} {row['measured_bytes'] / 1e6:9.1f} MB"
-                        print(f"{model} {row['case']}: {row['phase']:20} {sizes} {row['ratio']:.3f}", flush=True)
-    where = {**environment(arguments.seed), "kind": device.type}
-    arguments.output.write_text(json.dumps([row | where for row in rows], indent=2) + "\n")
+                found = json.loads(done.stdout.splitlines()[-1])
+                rows += [row | where for row in found]
+                arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+                for row in found:
+                    sizes = f"{row['predicted_bytes'] / 1e6:9.1f} {row['measured_bytes'] / 1e6:9.1f} MB"
+                    print(f"{model} {row['case']}: {row['phase']:20} {sizes} {row['ratio']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bbb_ao.recipes.stages import Stage
 GENERATION_BATCH = 64
 # Of each weight of a layer that is packed: its master, scaled, rounded and clamped in float32, and codes.
 PACKING_BYTES = 20
-# What cuBLAS takes for each thread that calls it, on compute capability 9.0; older ones take less.
+# What cuBLAS takes for each thread and stream that it is called from, on compute capability 9.0; older ones take less.
 WORKSPACE_BYTES = 32 * 2**20
 
 
@@ -120,7 +120,8 @@ def block_stage(job: Job, number: int) -> Phase:
     }
     if not job.on_cpu:
         # On a CPU the block is the model's own.
-        device |= {"masters": tensor_bytes(job.blocks[job.largest]), "calls": calls(job)} | workspaces(job, 2)
+        device |= {"masters": tensor_bytes(job.blocks[job.largest]), "calls": calls(job)}
+        device |= workspaces(job, 4 if _recorded(job, stage) else 2)
     return _phase(job, job.name(number), device, models(job), live_streams(job, sources))
 
 
@@ -133,13 +134,18 @@ def model_stage(job: Job, number: int) -> Phase:
     }
     host = models(job)
     if not job.on_cpu:
-        device, host = device | host | workspaces(job, 2), {}
+        device, host = device | host | workspaces(job, 4 if _recorded(job, stage) else 2), {}
     return _phase(job, job.name(number), device, host, kept_streams(job) + 1)
 
 
-def workspaces(job: Job, threads: int) -> dict[str, int]:
-    """cuBLAS's own memory; forward and backward passes call it from a thread each."""
-    return {} if job.on_cpu else {"workspaces": threads * WORKSPACE_BYTES}
+def workspaces(job: Job, count: int) -> dict[str, int]:
+    """cuBLAS's own memory. Forward and backward passes call it from a thread each, recorded steps on another stream."""
+    return {} if job.on_cpu else {"workspaces": count * WORKSPACE_BYTES}
+
+
+def _recorded(job: Job, stage: Stage) -> bool:
+    """Whether steps are replayed as a CUDA graph."""
+    return not job.on_cpu and job.steps(stage) >= WORTHWHILE
 
 
 def models(job: Job) -> dict[str, int]:
@@ -166,7 +172,7 @@ def batch(job: Job, stage: Stage, sources: int) -> int:
     targets = 1 + job.recipe.lookahead if job.recipe.target_stream == "full_precision" else 0
     read = job.batch(stage) * job.recipe.sequence_length * job.hidden * 4 * (sources + targets)
     # A recorded step has inputs of its own.
-    return read * (2 if not job.on_cpu and job.steps(stage) >= WORTHWHILE else 1)
+    return read * (2 if _recorded(job, stage) else 1)
 
 
 def step(job: Job, stage: Stage) -> int:

@@ -6,6 +6,7 @@ inputs are CUDA tensors is recorded, where it is repeated at least WORTHWHILE ti
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ def reason_against(inputs: Sequence[Tensor], steps: int) -> str | None:
     if steps < WORTHWHILE:
         return f"{steps} steps are fewer than {WORTHWHILE}"
     return None
+
+
+@cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are recorded: one, since cuBLAS keeps memory for every stream that it ran on."""
+    return torch.cuda.Stream(device)
 
 
 class Recorded:
@@ -53,7 +60,7 @@ class Recorded:
             reason = reason_against(inputs, self.steps)
             self.how = "recorded" if reason is None else f"eager: {reason}"
             if reason is None:
-                self._stream = torch.cuda.Stream(inputs[0].device)
+                self._stream = recording_stream(inputs[0].device)
         if self.how != "recorded":
             return self.function(*inputs)
         if self._calls <= WARM_UP:

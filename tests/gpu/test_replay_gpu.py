@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bbb_ao.recipes import replay
 from bbb_ao.recipes.compress import train
-from bbb_ao.recipes.replay import WARM_UP, Recorded
+from bbb_ao.recipes.replay import WARM_UP, Recorded, recording_stream
 from bbb_ao.recipes.stages import Recipe, Split, Stage
 
 
@@ -103,3 +103,25 @@ def test_replays_follow_their_inputs() -> None:
         x = torch.full((5,), float(number), device="cuda")
         assert float(recorded(x, x + 1)) == 5.0 * number * (number + 1)
     assert recorded.how == "recorded"
+
+
+def test_steps_of_many_blocks_take_cublas_memory_once() -> None:
+    """cuBLAS keeps 32 MiB or so for every stream that it ran on, and a model has as many recorded steps as blocks."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.ones(256, 256, device=device)
+
+    def step(value: torch.Tensor) -> torch.Tensor:
+        return value @ x
+
+    def after_one_more() -> int:
+        recorded = Recorded(step, steps=100)
+        for _ in range(WARM_UP + 2):
+            recorded(x)
+        assert recorded.how == "recorded"
+        del recorded
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(device)
+
+    first = after_one_more()
+    assert [after_one_more() for _ in range(3)] == [first] * 3
+    assert recording_stream(device) is recording_stream(device)
