@@ -113,6 +113,8 @@ class Progress:
             self._bars.reset(
                 self._block_bar, total=blocks, completed=done, description=self._name, unit="blocks", loss=""
             )
+        elif done < blocks:
+            self._line(f"{self._name}: begins at block {done + 1}/{blocks}")
 
     def step(self, step: int, steps: int, loss: Callable[[], float]) -> None:
         """Step `step` (from 1) of `steps` of the current block is done; `loss()` may wait for the device."""

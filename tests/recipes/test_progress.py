@@ -32,8 +32,9 @@ def play(stream: io.StringIO, log: Path | None = None) -> str:
 
 def test_plain_lines_without_a_terminal() -> None:
     lines = play(io.StringIO()).splitlines()
-    assert len(lines) == 4
-    assert lines[0].startswith("stage 1/2 w4a16: block 1/2 done, loss 2.500e-01, ")
+    assert len(lines) == 6
+    assert lines[0] == "stage 1/2 w4a16: begins at block 1/2"
+    assert lines[1].startswith("stage 1/2 w4a16: block 1/2 done, loss 2.500e-01, ")
     assert not any("\x1b" in line for line in lines)
 
 
