@@ -15,8 +15,8 @@ is a CUDA graph, so that no time of the host counts. One row for each implementa
 for every implementation; ours do so anyway, but with BBB_AO_PDL=off. `--inductor-combo` lets it write kernels that do
 not depend on each other as one (queries turned, keys and values stored: one launch instead of three). `--fold` makes
 norms, residual sums and SwiGLU parts of the packed products (`bbb_ao.passes.fold_norms`); it compiles 8 blocks, or as
-many as it names, as one function, and the sum and norm behind the last of them stay as they are. `--profile` also prints the
-kernels of one step by their time. Models are built on the GPU in seconds.
+many as it names, as one function, and the sum and norm behind the last of them stay as they are. `--profile` also
+prints the kernels of one step by their time. Models are built on the GPU in seconds.
 """
 
 import argparse
