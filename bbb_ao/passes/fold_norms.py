@@ -135,11 +135,8 @@ def find_fold(second: fx.Node) -> Fold | None:
     if isinstance(gather, Match) and index is None and len(normed.users) == 1:
         normed, index = gather.kwargs["normed"], _whole_index(gather)
         matched = (gather,)
-    for pattern in NORMS:
-        norm = pattern.match(normed)
-        if isinstance(norm, Match):
-            break
-    else:
+    norm = _first_match(NORMS, normed)
+    if norm is None:
         return None
     # By the second product, or by the pad and the join of its gather.
     if len(normed.users) != 1 + len(matched) or (matched and index is None):
@@ -149,6 +146,12 @@ def find_fold(second: fx.Node) -> Fold | None:
     if found is None or not _fits(hidden, normed, weight, eps, norm.kwargs["dims"], norm.kwargs["keepdim"]):
         return None
     return Fold(*found, hidden, weight, float(eps), index, second, (*matched, norm))
+
+
+def _first_match(patterns: list[PatternExpr], node: fx.Node) -> Match | None:
+    """How the first of the patterns that fits matches `node`, or None."""
+    found = (pattern.match(node) for pattern in patterns)
+    return next((match for match in found if isinstance(match, Match)), None)
 
 
 def _whole_index(gather: Match) -> fx.Node | None:
@@ -196,11 +199,8 @@ def _fits(hidden: fx.Node, normed: fx.Node, weight: Any, eps: Any, dims: Any, ke
 
 def find_gate(output: fx.Node) -> Gate | None:
     """What can be folded into the normed product behind which `output` is SwiGLU, or None."""
-    for pattern in GATES:
-        swiglu = pattern.match(output)
-        if isinstance(swiglu, Match):
-            break
-    else:
+    swiglu = _first_match(GATES, output)
+    if swiglu is None:
         return None
     halves: list[fx.Node] = [swiglu.kwargs["gate"], swiglu.kwargs["up"]]
     if not all(isinstance(half, fx.Node) for half in halves):

@@ -10,6 +10,7 @@ from torch import nn
 from bbb_ao.passes import find_blocks
 from bbb_ao.recipes.optimization import stage_rows, stage_steps, stream_dtype
 from bbb_ao.recipes.prepare import Prepared
+from bbb_ao.recipes.replay import WORTHWHILE
 from bbb_ao.recipes.sequences import check_length
 from bbb_ao.recipes.skeleton import Answered, prepare_skeleton
 from bbb_ao.recipes.stages import Recipe, Stage
@@ -92,6 +93,10 @@ class Job:
     def steps(self, stage: Stage) -> int:
         """Optimizer steps of a stage, for each block in a block stage; 0 where it only sets the widths."""
         return stage_steps(stage, self.rows(stage)) if stage.epochs else 0
+
+    def recorded(self, stage: Stage) -> bool:
+        """Whether a stage's steps are replayed as a CUDA graph; see `recipes.replay`."""
+        return not self.on_cpu and self.steps(stage) >= WORTHWHILE
 
     def batch(self, stage: Stage) -> int:
         """Sequences of one optimizer step."""

@@ -19,7 +19,6 @@ from bbb_ao.qat_linear import qat_linears
 from bbb_ao.recipes.blockwise import STREAM_BUDGET, stream_widths
 from bbb_ao.recipes.optimization import stream_dtype
 from bbb_ao.recipes.prepare import reads_activations
-from bbb_ao.recipes.replay import WORTHWHILE
 from bbb_ao.recipes.skeleton import trained_bytes
 from bbb_ao.recipes.stages import Stage
 
@@ -121,7 +120,7 @@ def block_stage(job: Job, number: int) -> Phase:
     if not job.on_cpu:
         # On a CPU the block is the model's own.
         device |= {"masters": tensor_bytes(job.blocks[job.largest]), "calls": calls(job)}
-        device |= workspaces(job, 4 if _recorded(job, stage) else 2)
+        device |= workspaces(job, 4 if job.recorded(stage) else 2)
     return _phase(job, job.name(number), device, models(job), live_streams(job, sources))
 
 
@@ -134,18 +133,13 @@ def model_stage(job: Job, number: int) -> Phase:
     }
     host = models(job)
     if not job.on_cpu:
-        device, host = device | host | workspaces(job, 4 if _recorded(job, stage) else 2), {}
+        device, host = device | host | workspaces(job, 4 if job.recorded(stage) else 2), {}
     return _phase(job, job.name(number), device, host, kept_streams(job) + 1)
 
 
 def workspaces(job: Job, count: int) -> dict[str, int]:
     """cuBLAS's own memory. Forward and backward passes call it from a thread each, recorded steps on another stream."""
     return {} if job.on_cpu else {"workspaces": count * WORKSPACE_BYTES}
-
-
-def _recorded(job: Job, stage: Stage) -> bool:
-    """Whether steps are replayed as a CUDA graph."""
-    return not job.on_cpu and job.steps(stage) >= WORTHWHILE
 
 
 def models(job: Job) -> dict[str, int]:
@@ -172,7 +166,7 @@ def batch(job: Job, stage: Stage, sources: int) -> int:
     targets = 1 + job.recipe.lookahead if job.recipe.target_stream == "full_precision" else 0
     read = job.batch(stage) * job.recipe.sequence_length * job.hidden * 4 * (sources + targets)
     # A recorded step has inputs of its own.
-    return read * (2 if _recorded(job, stage) else 1)
+    return read * (2 if job.recorded(stage) else 1)
 
 
 def step(job: Job, stage: Stage) -> int:

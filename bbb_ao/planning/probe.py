@@ -22,7 +22,7 @@ from bbb_ao.planning.job import Job
 from bbb_ao.planning.trace import materialize, materialize_call, step_loss
 from bbb_ao.recipes.blockwise import stream_widths
 from bbb_ao.recipes.optimization import Bounds, CopiesRate, autocast, make_optimizer, update
-from bbb_ao.recipes.replay import WARM_UP, WORTHWHILE, Recorded
+from bbb_ao.recipes.replay import WARM_UP, Recorded
 from bbb_ao.recipes.skeleton import training
 from bbb_ao.recipes.stages import Stage
 
@@ -94,7 +94,7 @@ def probe(job: Job, stage: Stage) -> Times | None:
         recipe, size = job.recipe, job.micro_batch(stage)
         one = partial(update, make_optimizer(groups), copies, Bounds(block), recipe.gradient_clip, size, loss_of)
         step = partial(Recorded(one, job.steps(stage)), hidden, target)
-        warm_up = WARM_UP + 1 if job.steps(stage) >= WORTHWHILE and not job.on_cpu else 1
+        warm_up = WARM_UP + 1 if job.recorded(stage) else 1
         seconds = _seconds(step, warm_up, job.device)
     return Times(seconds * job.batch(stage) / rows, _seconds(forward, 1, job.device))
 
