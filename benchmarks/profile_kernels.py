@@ -107,6 +107,7 @@ def profile(ncu: str, target: Sequence[str]) -> list[Row]:
         log = Path(folder) / "log"
         options = ["--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log), "--clock-control", "none"]
         while True:
+            log.unlink(missing_ok=True)
             command = [ncu, *options, "--profile-from-start", "off", "--metrics", ",".join(wanted), *target]
             done = subprocess.run(
                 command, env=os.environ | {"LC_ALL": "C"}, capture_output=True, text=True, timeout=TIMEOUT, check=False
