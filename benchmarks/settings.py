@@ -1,6 +1,7 @@
 """Launch settings of the packed kernels on one NVIDIA GPU, for the files in bbb_ao/kernels/packed_linear/tuned.
 
     python benchmarks/settings.py --kernel decode --bits 2 4 8 --m 1 2
+    python benchmarks/settings.py --kernel few_rows --bits 2 --m 8 16 32
     python benchmarks/settings.py --kernel warpgroup --bits 2 --m 16 32 64 128 256 1024
     python benchmarks/settings.py --kernel dynamic --bits 2 --m 1 [--output FILE] [--seconds 120]
 
@@ -37,12 +38,25 @@ ROTATION = 256 * 2**20
 REPLAYS = 9
 # Beside those that the package tries: fewer registers, so that more programs of the next launch fit.
 MORE = [(1, 2, 0), (1, 4, 64), (1, 8, 64), (1, 8, 96), (2, 4, 128), (1, 16, 64)]
+MORE_FEW = [
+    (1, 4, 96),
+    (1, 8, 96),
+    (1, 16, 0),
+    (2, 4, 128),
+    (2, 4, 168),
+    (2, 16, 0),
+    (4, 4, 168),
+    (4, 8, 128),
+    (8, 4, 0),
+]
 COMPILED_ROWS = 256  # of the weight: what is compiled does not depend on how many there are
 
 
 def candidates(kernel: str, m: int, n: int, k: int) -> list[Setting]:
     if kernel == "decode":
         found: Iterable[Setting] = [*cuda.DECODE_SETTINGS, *MORE]
+    elif kernel == "few_rows":
+        found = [*cuda.FEW_ROWS_SETTINGS, *MORE_FEW]
     elif kernel == "dynamic":
         found = [*dynamic.DECODE_SETTINGS, *MORE]
         found = [c for c in found if c[0] * -(-k // (4 * cuda.BLOCK * c[1])) <= dynamic.UNROLLED]
@@ -59,6 +73,8 @@ def call(kernel: str, setting: Setting, x: Tensor, weight: tuple[Tensor | None, 
         return dynamic.dynamic_decode(x, planes, scales, None, None, settings, (2, True))  # type: ignore[arg-type]
     if kernel == "decode":
         return cuda.decode_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
+    if kernel == "few_rows":
+        return cuda.few_rows_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
     return cuda.warpgroup_linear(x, planes, scales, None, settings)  # type: ignore[arg-type]
 
 
@@ -79,7 +95,8 @@ def key_of(kernel: str, n: int, k: int, bits: int, m: int) -> str:
     """The line of the tuned file that a choice belongs to."""
     if kernel == "dynamic":
         return f"dynamic decode {n}x{k} {bits} bits"
-    return f"{'decode' if kernel == 'decode' else 'matmul'} {n}x{k} {bits} bits, {m} rows"
+    name = {"decode": "decode", "few_rows": "few rows", "warpgroup": "matmul"}[kernel]
+    return f"{name} {n}x{k} {bits} bits, {m} rows"
 
 
 def time_settings(kernel: str, shape: tuple[int, int], bits: int, m: int) -> dict[Setting | None, float]:
@@ -102,7 +119,7 @@ def time_settings(kernel: str, shape: tuple[int, int], bits: int, m: int) -> dic
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", choices=("decode", "dynamic", "warpgroup"), required=True)
+    parser.add_argument("--kernel", choices=("decode", "few_rows", "dynamic", "warpgroup"), required=True)
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 4, 8), default=[2])
     parser.add_argument("--m", nargs="+", type=int, default=[1])
     parser.add_argument("--model", choices=list(SHAPES), default="8b")

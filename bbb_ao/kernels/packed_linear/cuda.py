@@ -2,13 +2,14 @@
 
 The rule, with M rows of x:
 
-- `decode` for M of 1 or 2 (on compute capability 8.9 up to 8, two rows at a time);
+- `decode` for M of 1 or 2;
+- `few_rows` for M up to FEW_ROWS;
 - `warpgroup` on compute capability 9.0 for M up to WARPGROUP_ROWS;
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
-The first two take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
+The first three take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
 bits, contiguous planes, scales and zero offsets, planes at an address that 16 divides, and slices that need no rounding
-(the half-step grid, or every stored bit); other layers always take the third way.
+(the half-step grid, or every stored bit); other layers always take the last way.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -28,6 +29,7 @@ from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.packed_linear.counts import zeroed_counts
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
+from bbb_ao.kernels.packed_linear.few_rows import few_rows_kernel
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, dequantize_packed
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
@@ -38,7 +40,7 @@ ALIGNMENT = 16  # bytes, of what is copied in whole tiles
 GROUP_ROWS = 128  # of the weight in one program of `matmul_kernel`
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 DECODE_ROWS = 2
-PAIRED_ROWS = 8
+FEW_ROWS = 32
 WARPGROUP_ROWS = 1024
 ROW_TILES = (16, 32, 64, 128, 256)
 # For each row tile: programs that share a multiprocessor, and for that the registers of each thread at the start and of
@@ -56,6 +58,16 @@ DECODE_SETTINGS: list[Settings] = [
     (2, 4, 0),
     (2, 8, 0),
     (2, 8, 128),
+]
+FEW_ROWS_SETTINGS: list[Settings] = [
+    (2, 8, 0),
+    (1, 4, 0),
+    (1, 8, 0),
+    (1, 8, 128),
+    (2, 4, 0),
+    (2, 8, 128),
+    (4, 4, 0),
+    (4, 8, 0),
 ]
 
 
@@ -97,8 +109,9 @@ def multiply(
     fits = fits_kernels(x.dtype, planes, scales, settings, capability)
     kernel = kernel_for(rows.shape[0] if high.shape[0] else 0, fits, capability)
     if kernel == "decode":
-        parts = [decode_linear(pair, planes, scales, index, bias, settings) for pair in rows.split(DECODE_ROWS)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+        return decode_linear(rows, planes, scales, index, bias, settings).view(shape)
+    if kernel == "few_rows":
+        return few_rows_linear(rows, planes, scales, index, bias, settings).view(shape)
     if kernel == "warpgroup":
         return warpgroup_linear(expand_input(rows, index), planes, scales, bias, settings).view(shape)
     return dequantized_linear(x, planes, scales, index, bias, settings)
@@ -127,15 +140,15 @@ def runs_decode_once(
 
 
 def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
-    """Which of decode, warpgroup and dequantize runs for so many rows of x; the rule stands above.
+    """Which of decode, few_rows, warpgroup and dequantize runs for so many rows of x; the rule stands above.
 
     Args:
         fits: as from `fits_kernels`.
     """
     if not fits or not rows:
         return "dequantize"
-    if rows <= DECODE_ROWS or (capability != (9, 0) and rows <= PAIRED_ROWS):
-        return "decode"
+    if rows <= FEW_ROWS:
+        return "decode" if rows <= DECODE_ROWS else "few_rows"
     return "warpgroup" if capability == (9, 0) and rows <= WARPGROUP_ROWS else "dequantize"
 
 
@@ -146,7 +159,7 @@ def fits_kernels(
     settings: tuple[int, int, bool, int],
     capability: tuple[int, int],
 ) -> bool:
-    """Whether `decode` and `warpgroup` take this layer; the rule stands above."""
+    """Whether `decode`, `few_rows` and `warpgroup` take this layer; the rule stands above."""
     bits, zero_point_bits, half_step, group_size = settings
     scale, _, zero_point = scales
     features = scale.shape[1] * group_size
@@ -219,6 +232,7 @@ def decode_linear(
     name: str = "decode",
     kernel: Any = decode_kernel,
     y: Tensor | None = None,
+    candidates: list[Settings] = DECODE_SETTINGS,
     **more: object,
 ) -> Tensor:
     """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features].
@@ -227,6 +241,7 @@ def decode_linear(
         name: of what is launched, among tuned settings.
         kernel: one that takes the arguments of `decode_kernel` and these `more`.
         y: where it writes, if not [M, out_features].
+        candidates: settings to choose from.
     """
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count) if y is None else y
@@ -259,10 +274,24 @@ def decode_linear(
             **more,
         )
 
-    key = f"{name} {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
+    key = f"{name} {count}x{features} {codes['R']} bits, {more.get('BM', rows.shape[0])} rows"
     with torch.cuda.device(rows.device):
-        run(settings_for(key, DECODE_SETTINGS, run, rows.get_device()))
+        run(settings_for(key, candidates, run, rows.get_device()))
     return y
+
+
+def few_rows_linear(
+    rows: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    index: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+) -> Tensor:
+    """Up to FEW_ROWS rows, [M, in_features] contiguous, through `few_rows_kernel`: [M, out_features]."""
+    held = max(8, triton.next_power_of_2(rows.shape[0]))
+    of_kernel: dict[str, Any] = {"name": "few rows", "kernel": few_rows_kernel, "candidates": FEW_ROWS_SETTINGS}
+    return decode_linear(rows, planes, scales, index, bias, settings, **of_kernel, BM=held)
 
 
 def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
