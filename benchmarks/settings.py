@@ -30,7 +30,7 @@ from kernels import SHAPES
 from layers import copies_for, make_dense, nbytes, random_packed
 from torch import Tensor
 
-from bbb_ao.kernels.packed_linear import cuda
+from bbb_ao.kernels.packed_linear import launch
 from bbb_ao.kernels.packed_linear_dynamic import cuda as dynamic
 
 Setting = tuple[int, ...]
@@ -39,45 +39,42 @@ REPLAYS = 9
 # Beside those that the package tries: fewer registers, so that more programs of the next launch fit.
 MORE = [(1, 2, 0), (1, 4, 64), (1, 8, 64), (1, 8, 96), (2, 4, 128), (1, 16, 64)]
 MORE_FEW = [
-    *((tiles, span, warps, programs) for tiles in (1, 2) for span in (1, 2, 4) for warps, programs in ((4, 4), (8, 2))),
-    *(
-        (1, 4, 16, 1),
-        (2, 4, 8, 1),
-        (2, 1, 8, 3),
-        (1, 1, 8, 3),
-        (4, 2, 8, 1),
-        (4, 1, 16, 1),
-        (3, 1, 16, 1),
-        (4, 1, 4, 4),
-    ),
+    (3, 2, 16, 1),
+    (4, 2, 16, 1),
+    (4, 1, 16, 1),
+    (2, 1, 8, 2),
+    (2, 2, 8, 2),
+    (1, 4, 4, 2),
+    (1, 1, 8, 3),
+    (2, 1, 4, 4),
 ]
 COMPILED_ROWS = 256  # of the weight: what is compiled does not depend on how many there are
 
 
 def candidates(kernel: str, m: int, n: int, k: int) -> list[Setting]:
     if kernel == "decode":
-        found: Iterable[Setting] = [*cuda.DECODE_SETTINGS, *MORE]
+        found: Iterable[Setting] = [*launch.DECODE_SETTINGS, *MORE]
     elif kernel == "few_rows":
-        found = [*cuda.FEW_ROWS_SETTINGS, *MORE_FEW]
+        found = [*launch.FEW_ROWS_SETTINGS, *MORE_FEW]
     elif kernel == "dynamic":
         found = [*dynamic.DECODE_SETTINGS, *MORE]
-        found = [c for c in found if c[0] * -(-k // (4 * cuda.BLOCK * c[1])) <= dynamic.UNROLLED]
+        found = [c for c in found if c[0] * -(-k // (4 * launch.BLOCK * c[1])) <= dynamic.UNROLLED]
     else:
-        found = cuda.warpgroup_settings(m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
+        found = launch.warpgroup_settings(m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
     return list(dict.fromkeys(found))
 
 
 def call(kernel: str, setting: Setting, x: Tensor, weight: tuple[Tensor | None, ...], bits: int) -> Tensor:
     """One launch of `kernel` with a setting."""
-    cuda.settings_for = dynamic.settings_for = lambda *_: setting
+    launch.settings_for = dynamic.settings_for = lambda *_: setting
     planes, scales, settings = weight[:3], weight[3:], (bits, 4, True, 32)
     if kernel == "dynamic":
         return dynamic.dynamic_decode(x, planes, scales, None, None, settings, (2, True))  # type: ignore[arg-type]
     if kernel == "decode":
-        return cuda.decode_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
+        return launch.decode_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
     if kernel == "few_rows":
-        return cuda.few_rows_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
-    return cuda.warpgroup_linear(x, planes, scales, None, settings)  # type: ignore[arg-type]
+        return launch.few_rows_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
+    return launch.warpgroup_linear(x, planes, scales, None, settings)  # type: ignore[arg-type]
 
 
 def compile_one(task: tuple[str, int, int, int, Setting]) -> str | None:
