@@ -19,7 +19,7 @@ import torch
 from environment import environment
 from settings import MORE
 
-from bbb_ao.kernels.packed_linear import cuda
+from bbb_ao.kernels.packed_linear import launch
 from bbb_ao.kernels.packed_linear.tuning import settings_for
 
 LAYERS = 32
@@ -30,8 +30,8 @@ class Choices:
     """Stands for `settings_for`: remembers the keys of decoding kernels, and takes what is chosen for them."""
 
     def __init__(self) -> None:
-        self.chosen: dict[str, cuda.Settings] = {}
-        self.used: dict[str, cuda.Settings] = {}
+        self.chosen: dict[str, launch.Settings] = {}
+        self.used: dict[str, launch.Settings] = {}
 
     def __call__(self, key, candidates, run, device):
         choice = self.chosen.get(key) or settings_for(key, candidates, run, device)
@@ -58,11 +58,11 @@ def main() -> int:
     begun, choices = time.monotonic(), Choices()
     fold, inductor, where = arguments.fold, dict(arguments.inductor), environment(arguments.seed)
     settings = {"impl": arguments.impl, "fold": fold, "inductor": inductor}
-    cuda.settings_for = choices
+    launch.settings_for = choices
     model, _ = decode.build_measured(arguments.impl, LAYERS, arguments.seed)
     rows: list[dict[str, object]] = []
 
-    def rate(changed: dict[str, cuda.Settings]) -> float:
+    def rate(changed: dict[str, launch.Settings]) -> float:
         """Tokens a second of the steps with a change."""
         kept = dict(choices.chosen)
         choices.chosen = kept | changed
@@ -76,7 +76,7 @@ def main() -> int:
     best = rate({})
     choices.chosen = dict(choices.used)
     for key, at_first in choices.used.items():
-        for candidate in dict.fromkeys([*cuda.DECODE_SETTINGS, *MORE]):
+        for candidate in dict.fromkeys([*launch.DECODE_SETTINGS, *MORE]):
             if candidate != at_first and time.monotonic() - begun < arguments.seconds:
                 found = rate({key: candidate})
                 if found > best:

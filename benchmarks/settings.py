@@ -1,6 +1,7 @@
 """Launch settings of the packed kernels on one NVIDIA GPU, for the files in bbb_ao/kernels/packed_linear/tuned.
 
     python benchmarks/settings.py --kernel decode --bits 2 4 8 --m 1 2
+    python benchmarks/settings.py --kernel few_rows --bits 2 4 8 --m 8
     python benchmarks/settings.py --kernel warpgroup --bits 2 --m 16 32 64 128 256 1024
     python benchmarks/settings.py --kernel dynamic --bits 2 --m 1 [--output FILE] [--seconds 120]
 
@@ -29,7 +30,7 @@ from kernels import SHAPES
 from layers import copies_for, make_dense, nbytes, random_packed
 from torch import Tensor
 
-from bbb_ao.kernels.packed_linear import cuda
+from bbb_ao.kernels.packed_linear import launch
 from bbb_ao.kernels.packed_linear_dynamic import cuda as dynamic
 
 Setting = tuple[int, ...]
@@ -37,29 +38,43 @@ ROTATION = 256 * 2**20
 REPLAYS = 9
 # Beside those that the package tries: fewer registers, so that more programs of the next launch fit.
 MORE = [(1, 2, 0), (1, 4, 64), (1, 8, 64), (1, 8, 96), (2, 4, 128), (1, 16, 64)]
+MORE_FEW = [
+    (3, 2, 16, 1),
+    (4, 2, 16, 1),
+    (4, 1, 16, 1),
+    (2, 1, 8, 2),
+    (2, 2, 8, 2),
+    (1, 4, 4, 2),
+    (1, 1, 8, 3),
+    (2, 1, 4, 4),
+]
 COMPILED_ROWS = 256  # of the weight: what is compiled does not depend on how many there are
 
 
 def candidates(kernel: str, m: int, n: int, k: int) -> list[Setting]:
     if kernel == "decode":
-        found: Iterable[Setting] = [*cuda.DECODE_SETTINGS, *MORE]
+        found: Iterable[Setting] = [*launch.DECODE_SETTINGS, *MORE]
+    elif kernel == "few_rows":
+        found = [*launch.FEW_ROWS_SETTINGS, *MORE_FEW]
     elif kernel == "dynamic":
         found = [*dynamic.DECODE_SETTINGS, *MORE]
-        found = [c for c in found if c[0] * -(-k // (4 * cuda.BLOCK * c[1])) <= dynamic.UNROLLED]
+        found = [c for c in found if c[0] * -(-k // (4 * launch.BLOCK * c[1])) <= dynamic.UNROLLED]
     else:
-        found = cuda.warpgroup_settings(m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
+        found = launch.warpgroup_settings(m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
     return list(dict.fromkeys(found))
 
 
 def call(kernel: str, setting: Setting, x: Tensor, weight: tuple[Tensor | None, ...], bits: int) -> Tensor:
     """One launch of `kernel` with a setting."""
-    cuda.settings_for = dynamic.settings_for = lambda *_: setting
+    launch.settings_for = dynamic.settings_for = lambda *_: setting
     planes, scales, settings = weight[:3], weight[3:], (bits, 4, True, 32)
     if kernel == "dynamic":
         return dynamic.dynamic_decode(x, planes, scales, None, None, settings, (2, True))  # type: ignore[arg-type]
     if kernel == "decode":
-        return cuda.decode_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
-    return cuda.warpgroup_linear(x, planes, scales, None, settings)  # type: ignore[arg-type]
+        return launch.decode_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
+    if kernel == "few_rows":
+        return launch.few_rows_linear(x, planes, scales, None, None, settings)  # type: ignore[arg-type]
+    return launch.warpgroup_linear(x, planes, scales, None, settings)  # type: ignore[arg-type]
 
 
 def compile_one(task: tuple[str, int, int, int, Setting]) -> str | None:
@@ -77,9 +92,8 @@ def compile_one(task: tuple[str, int, int, int, Setting]) -> str | None:
 
 def key_of(kernel: str, n: int, k: int, bits: int, m: int) -> str:
     """The line of the tuned file that a choice belongs to."""
-    if kernel == "dynamic":
-        return f"dynamic decode {n}x{k} {bits} bits"
-    return f"{'decode' if kernel == 'decode' else 'matmul'} {n}x{k} {bits} bits, {m} rows"
+    name = {"decode": "decode", "few_rows": "few rows", "dynamic": "dynamic decode", "warpgroup": "matmul"}[kernel]
+    return f"{name} {n}x{k} {bits} bits" + (f", {m} rows" if kernel in ("decode", "warpgroup") else "")
 
 
 def time_settings(kernel: str, shape: tuple[int, int], bits: int, m: int) -> dict[Setting | None, float]:
@@ -102,7 +116,7 @@ def time_settings(kernel: str, shape: tuple[int, int], bits: int, m: int) -> dic
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", choices=("decode", "dynamic", "warpgroup"), required=True)
+    parser.add_argument("--kernel", choices=("decode", "few_rows", "dynamic", "warpgroup"), required=True)
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 4, 8), default=[2])
     parser.add_argument("--m", nargs="+", type=int, default=[1])
     parser.add_argument("--model", choices=list(SHAPES), default="8b")

@@ -11,6 +11,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from bbb_ao.kernels.fake_quantize.row_kernel import gathered_rows_kernel
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
+from bbb_ao.kernels.packed_linear.few_rows import few_rows_kernel
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel
 from bbb_ao.kernels.packed_norm.decode import normed_decode_kernel
@@ -42,6 +43,11 @@ def decode_constants(bits: int) -> dict[str, object]:
 
 def decode(dtype: str, bits: int) -> str:
     return ptx(decode_kernel, decode_signature(dtype), decode_constants(bits), 4)
+
+
+def few(dtype: str, bits: int) -> str:
+    constants = {name: value for name, value in decode_constants(bits).items() if name != "M"}
+    return ptx(few_rows_kernel, decode_signature(dtype) | {"M": "i32"}, {**constants, "SPAN": 2}, 4)
 
 
 def residual(dtype: str, bits: int) -> str:
@@ -105,5 +111,5 @@ def rows(dtype: str, bits: int) -> str:
 
 if __name__ == "__main__":
     for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2)):
-        for build in (decode, residual, normed, gated, dynamic, matmul, rows):
+        for build in (decode, few, residual, normed, gated, dynamic, matmul, rows):
             (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))

@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 DECODE = {"planes": (1, 2, 3), "others": (4, 6, 7)}
 CONSTANTS = {
     "decode": DECODE,
+    "few": DECODE,
     "residual": DECODE,
     "normed": DECODE,
     "gated": DECODE,
@@ -114,6 +115,15 @@ def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: d
             planes = {"2": 1, "4": 2, "8": 4}[name[-1]]
             wide = len(re.findall(r"ld\.global\.v4\.b32", text))
             assert wide >= 4 * planes, (name, wide)
+
+
+def test_a_few_rows_share_a_block_of_the_weight(ptx: dict[str, str]) -> None:
+    for name, text in ptx.items():
+        if name.startswith("few"):
+            # Two blocks: in each eight products of 16 columns with the weight, and eight with ones.
+            products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16", text))
+            assert products == 32, (name, products)
+            assert "ld.global.v2.b32" in text, name
 
 
 def test_what_follows_the_products_waits_for_no_memory(ptx: dict[str, str]) -> None:

@@ -99,6 +99,39 @@ def load_scales(scale_ptr, zero_ptr, row, block, last, NB, ZB: gl.constexpr):
     return scale, zero
 
 
+@gluon.constexpr_function
+def _field(mask):
+    """$0 = 2**23 + ($1 & mask) as a float32."""
+    return f"{{ .reg .b32 t; mov.b32 t, 0x4B000000; lop3.b32 $0, $1, {mask}, t, 0xEA; }}"  # ($1 & mask) | t
+
+
+@gluon.jit
+def group_scale(packed, QUARTER: gl.constexpr):
+    """e4m3 of a quarter's groups, from the packed scales of `load_scales`."""
+    decode: gl.constexpr = ptx.decode_pair(QUARTER // 2)
+    pair = gl.inline_asm_elementwise(decode, "=f,=f,r", [packed], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
+    return pair[QUARTER % 2]
+
+
+@gluon.jit
+def group_offset(packed, QUARTER: gl.constexpr, R: gl.constexpr, ZB: gl.constexpr, FIXED: gl.constexpr):
+    """zeta * 2**(R-2) + FIXED of a quarter's groups; a zero offset is masked in place, as 2**23 + zero * 2**bit."""
+    if ZB == 0:
+        offset = gl.full_like(packed, 2.0 ** (R - 1) + FIXED, dtype=gl.float32)
+    else:
+        shift: gl.constexpr = 16 if ZB * (QUARTER + 1) > 23 else 0
+        bit: gl.constexpr = ZB * QUARTER - shift
+        unit: gl.constexpr = 2.0 ** (R - ZB - bit)
+        take: gl.constexpr = _field((2**ZB - 1) << bit)
+        field = gl.inline_asm_elementwise(take, "=r,r", [packed >> shift], dtype=gl.float32, is_pure=True, pack=1)
+        # In one step where half a code counts beside 2**23 units.
+        if unit < 1.0:
+            offset = field * unit + (FIXED - 2.0**23 * unit)
+        else:
+            offset = (field - 2.0**23) * unit + FIXED
+    return offset
+
+
 @gluon.jit
 def tile_places(RUN: gl.constexpr, WARPS: gl.constexpr, a_layout: gl.constexpr):
     """Places in a tile: (row, first block of the warp, block, word) in its planes, (row, first, block) in its scales.

@@ -2,61 +2,29 @@
 
 The rule, with M rows of x:
 
-- `decode` for M of 1 or 2 (on compute capability 8.9 up to 8, two rows at a time);
+- `decode` for M of 1 or 2;
+- `few_rows` for M up to FEW_ROWS;
 - `warpgroup` on compute capability 9.0 for M up to WARPGROUP_ROWS;
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
-The first two take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
+The first three take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
 bits, contiguous planes, scales and zero offsets, planes at an address that 16 divides, and slices that need no rounding
-(the half-step grid, or every stored bit); other layers always take the third way.
+(the half-step grid, or every stored bit); other layers always take the last way.
 """
-
-# pyright: reportCallIssue=false, reportArgumentType=false
-# Triton types a launch as a call of the Python function.
-
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bbb_ao.kernels.dependent_launch import dependent_launch
-from bbb_ao.kernels.packed_linear.counts import zeroed_counts
-from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
+from bbb_ao.kernels.packed_linear.launch import WARPGROUP_ROWS, decode_linear, few_rows_linear, warpgroup_linear
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, dequantize_packed
-from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
-from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packed_row import expand_input
 from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
 
 ALIGNMENT = 16  # bytes, of what is copied in whole tiles
-GROUP_ROWS = 128  # of the weight in one program of `matmul_kernel`
-_GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 DECODE_ROWS = 2
-PAIRED_ROWS = 8
-WARPGROUP_ROWS = 1024
-ROW_TILES = (16, 32, 64, 128, 256)
-# For each row tile: programs that share a multiprocessor, and for that the registers of each thread at the start and of
-# the warps that multiply.
-PROGRAMS = {16: (3, 56, 72), 32: (2, 80, 104), 64: (2, 80, 104), 128: (1, 168, 240), 256: (1, 168, 240)}
-SHARED_BYTES = 227 * 1024
-# (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
-DECODE_SETTINGS: list[Settings] = [
-    (1, 4, 0),
-    (1, 4, 96),
-    (1, 4, 128),
-    (1, 8, 0),
-    (1, 8, 128),
-    (1, 16, 0),
-    (2, 4, 0),
-    (2, 8, 0),
-    (2, 8, 128),
-]
+FEW_ROWS = 8
 
 
 def packed_linear_cuda(
@@ -97,8 +65,9 @@ def multiply(
     fits = fits_kernels(x.dtype, planes, scales, settings, capability)
     kernel = kernel_for(rows.shape[0] if high.shape[0] else 0, fits, capability)
     if kernel == "decode":
-        parts = [decode_linear(pair, planes, scales, index, bias, settings) for pair in rows.split(DECODE_ROWS)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+        return decode_linear(rows, planes, scales, index, bias, settings).view(shape)
+    if kernel == "few_rows":
+        return few_rows_linear(rows, planes, scales, index, bias, settings).view(shape)
     if kernel == "warpgroup":
         return warpgroup_linear(expand_input(rows, index), planes, scales, bias, settings).view(shape)
     return dequantized_linear(x, planes, scales, index, bias, settings)
@@ -127,15 +96,15 @@ def runs_decode_once(
 
 
 def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
-    """Which of decode, warpgroup and dequantize runs for so many rows of x; the rule stands above.
+    """Which of decode, few_rows, warpgroup and dequantize runs for so many rows of x; the rule stands above.
 
     Args:
         fits: as from `fits_kernels`.
     """
     if not fits or not rows:
         return "dequantize"
-    if rows <= DECODE_ROWS or (capability != (9, 0) and rows <= PAIRED_ROWS):
-        return "decode"
+    if rows <= FEW_ROWS:
+        return "decode" if rows <= DECODE_ROWS else "few_rows"
     return "warpgroup" if capability == (9, 0) and rows <= WARPGROUP_ROWS else "dequantize"
 
 
@@ -146,7 +115,7 @@ def fits_kernels(
     settings: tuple[int, int, bool, int],
     capability: tuple[int, int],
 ) -> bool:
-    """Whether `decode` and `warpgroup` take this layer; the rule stands above."""
+    """Whether `decode`, `few_rows` and `warpgroup` take this layer; the rule stands above."""
     bits, zero_point_bits, half_step, group_size = settings
     scale, _, zero_point = scales
     features = scale.shape[1] * group_size
@@ -183,169 +152,3 @@ def dequantized_linear(
         contiguous = [plane if plane is None else plane.contiguous() for plane in (*planes, *scales)]
         weight = dequantize_dense(*contiguous, *settings, x.dtype)  # type: ignore[arg-type]
     return F.linear(expand_input(x, index), weight, bias)
-
-
-def kernel_codes(
-    planes: tuple[Tensor, Tensor | None, Tensor | None], settings: tuple[int, int, bool, int]
-) -> dict[str, float]:
-    """Container of the codes, the bits of it that count, and half a step in its units."""
-    bits, _, half_step, _ = settings
-    container = next(width for width in (2, 4, 8) if width >= bits)
-    mask = (2**bits - 1) << (container - bits)
-    return {"R": container, "MASK": mask, "H": 2.0 ** (container - bits) / 2 if half_step else 0.0, "ZB": settings[1]}
-
-
-def kernel_pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales: tuple[Tensor, Tensor, Tensor | None]):
-    """Kernel arguments, with some pointer in the place of what is absent and not read."""
-    high, mid, low = planes
-    scale, exponent, zero_point = scales
-    return (
-        high,
-        high if mid is None else mid,
-        high if low is None else low,
-        scale,
-        exponent,
-        scale if zero_point is None else zero_point,
-    )
-
-
-def decode_linear(
-    rows: Tensor,
-    planes: tuple[Tensor, Tensor | None, Tensor | None],
-    scales: tuple[Tensor, Tensor, Tensor | None],
-    index: Tensor | None,
-    bias: Tensor | None,
-    settings: tuple[int, int, bool, int],
-    name: str = "decode",
-    kernel: Any = decode_kernel,
-    y: Tensor | None = None,
-    **more: object,
-) -> Tensor:
-    """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features].
-
-    Args:
-        name: of what is launched, among tuned settings.
-        kernel: one that takes the arguments of `decode_kernel` and these `more`.
-        y: where it writes, if not [M, out_features].
-    """
-    features, count = planes[0].shape[1] * 4, planes[0].shape[0]
-    y = rows.new_empty(rows.shape[0], count) if y is None else y
-    codes = kernel_codes(planes, settings)
-    arguments = (
-        rows,
-        *kernel_pointers(planes, scales),
-        rows if index is None else index,
-        rows if bias is None else bias,
-        y,
-    )
-
-    def run(choice: Settings) -> None:
-        tiles, warps, registers = choice
-        kernel[(triton.cdiv(count, 16 * tiles),)](
-            *arguments,
-            rows.shape[1],
-            count,
-            NB=features // BLOCK,
-            **codes,
-            M=rows.shape[0],
-            EXPONENTS=scales[1].dim() == 1,
-            INDEXED=index is not None,
-            BIASED=bias is not None,
-            TILES=tiles,
-            WARPS=warps,
-            num_warps=warps,
-            **dependent_launch(rows.device),
-            **({"maxnreg": registers} if registers else {}),
-            **more,
-        )
-
-    key = f"{name} {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
-    with torch.cuda.device(rows.device):
-        run(settings_for(key, DECODE_SETTINGS, run, rows.get_device()))
-    return y
-
-
-def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
-    """Candidates (rows of x in a tile, programs or 0 for one of each tile, blocks at a time), the likeliest first."""
-    fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
-    choices = []
-    for size in sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]:
-        blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size) * (features // BLOCK)
-        shared = [n * multiprocessors for n in range(PROGRAMS[size][0], 0, -1)]
-        # Two blocks for each program at least.
-        programs = [min(n, max(1, blocks // 2)) for n in shared] + [0]
-        steps = (2, 1) if size >= 64 and features // BLOCK % 2 == 0 else (1,)
-        choices += [(size, n, step) for n in programs for step in steps]
-    return list(dict.fromkeys(choices))
-
-
-def pipeline_stages(size: int, container: int) -> int:
-    """Blocks of activations and planes that fit into a program's share of the shared memory."""
-    turned = min(64 * size * 8, 33 * 1024)  # where y is turned round before it is written
-    block = size * 2 * BLOCK + GROUP_ROWS * 32 * (container // 2)
-    return max(2, min(6, (SHARED_BYTES // PROGRAMS[size][0] - turned - 1024) // block))
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def warpgroup_linear(
-    columns: Tensor,
-    planes: tuple[Tensor, Tensor | None, Tensor | None],
-    scales: tuple[Tensor, Tensor, Tensor | None],
-    bias: Tensor | None,
-    settings: tuple[int, int, bool, int],
-) -> Tensor:
-    """Any number of rows, [M, K] contiguous, through `matmul_kernel`: [M, out_features]."""
-    rows, features = columns.shape
-    count = planes[0].shape[0]
-    y = columns.new_empty(rows, count)
-    codes = kernel_codes(planes, settings)
-    pointers = kernel_pointers(planes, scales)
-
-    words = [plane.view(torch.int16) for plane in pointers[:3]]
-    word_layout = gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)
-    words = [TensorDescriptor.from_tensor(plane, [64, 16], word_layout) for plane in words]
-
-    def run(choice: Settings) -> None:
-        size, programs, step = choice
-        _, most, registers = PROGRAMS[size]
-        layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
-        tiles, blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size), features // BLOCK
-        share = triton.cdiv(tiles * blocks, (programs or tiles) * step) * step
-        programs = triton.cdiv(tiles * blocks, share)
-        split = share % blocks > 0
-        matmul_kernel[(programs,)](
-            TensorDescriptor.from_tensor(columns, [size, BLOCK // 2], layout),
-            *words,
-            *pointers[3:],
-            columns if bias is None else bias,
-            y,
-            columns.new_empty(programs * 2 * GROUP_ROWS * size, dtype=torch.float32) if split else y,
-            zeroed_counts(2 * tiles, device) if split else y,
-            rows,
-            count,
-            blocks,
-            share,
-            **codes,
-            EXPONENTS=scales[1].dim() == 1,
-            BIASED=bias is not None,
-            BM=size,
-            STAGES=pipeline_stages(size, int(codes["R"])),
-            STEP=step,
-            SPLIT=split,
-            REGISTERS=registers,
-            num_warps=4,
-            maxnreg=most,
-            **dependent_launch(columns.device),
-        )
-
-    device = columns.get_device()
-    candidates = warpgroup_settings(rows, count, features, _multiprocessors(device))
-    bucket = next(size for size in (16, 32, 64, 128, 256, 512, WARPGROUP_ROWS) if size >= rows)
-    key = f"matmul {count}x{features} {codes['R']} bits, {bucket} rows"
-    with torch.cuda.device(columns.device):
-        run(settings_for(key, candidates, run, device))
-    return y

@@ -40,13 +40,13 @@ from bbb_ao.kernels.packed_linear.blocks import (
 
 
 @gluon.constexpr_function
-def _factor(quarter, R, dtype):
+def factor_of_codes(quarter, R, dtype):
     """What the activation carries for the codes of a quarter."""
     return 2.0 ** (64 - ptx.place(quarter, R)) if dtype == gl.bfloat16 else 1.0
 
 
 @gluon.jit
-def _codes(words, x_ptr, HB: gl.constexpr, PLACE: gl.constexpr, MASK: gl.constexpr):
+def codes_in_place(words, x_ptr, HB: gl.constexpr, PLACE: gl.constexpr, MASK: gl.constexpr):
     """The codes of one quarter in the low or high bytes of 16-bit words, read as x's type of float."""
     dtype = x_ptr.dtype.element_ty
     return gl.inline_asm_elementwise(ptx.masked(HB, PLACE, MASK), "=r,r", [words], dtype=dtype, is_pure=True, pack=2)
@@ -115,7 +115,7 @@ def _block_diagonal(
             column = block * 128 + 32 * quarter + 16 * hb + word
             x = gather(x_ptr, index_ptr, row, column, diagonal & (block < NB), in_features, INDEXED)
             for par in gl.static_range(3 - M):
-                factor = gl.full(x.shape, _factor(flush * (3 - M) + par, R, dtype), dtype, layout=x.type.layout)
+                factor = gl.full(x.shape, factor_of_codes(flush * (3 - M) + par, R, dtype), dtype, layout=x.type.layout)
                 if M == 1:
                     factor = gl.where(odd == par, factor, 0.0)
                 operands = operands + (
@@ -183,7 +183,7 @@ def _add_flush(
     acc = gl.zeros(total.shape, gl.float32, layout=layout)
     for hb in gl.static_range(2):
         for par in gl.static_range(3 - M):
-            a = _codes(words[(FIRST + par) % (R // 2)], x_ptr, hb, ptx.place(FIRST + par, R), MASK)
+            a = codes_in_place(words[(FIRST + par) % (R // 2)], x_ptr, hb, ptx.place(FIRST + par, R), MASK)
             acc = mma_v2(a, operands[(FLUSH * 2 + hb) * (3 - M) + par], acc)
     if x_ptr.dtype.element_ty != gl.bfloat16:
         column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]

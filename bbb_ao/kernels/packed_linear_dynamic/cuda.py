@@ -16,13 +16,8 @@ from torch import Tensor
 
 from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.fake_quantize.launch import gathered_rows
-from bbb_ao.kernels.packed_linear.cuda import (
-    ALIGNMENT,
-    fits_kernels,
-    kernel_codes,
-    kernel_pointers,
-    multiply,
-)
+from bbb_ao.kernels.packed_linear.cuda import ALIGNMENT, fits_kernels, multiply
+from bbb_ao.kernels.packed_linear.launch import kernel_codes, kernel_pointers
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
 from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel

@@ -26,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from bbb_ao.kernels.packed_linear import ptx
 from bbb_ao.kernels.packed_linear.blocks import (
     assemble,
+    group_offset,
+    group_scale,
     let_next_launch,
     load_tile,
     quad_layout,
@@ -48,12 +50,6 @@ def _masked(bit, mask, R):
     if bit + R < 8:
         return f"and.b32 $0, $1, {mask};"
     return f"{{ .reg .b32 t; mov.b32 t, 0x80808080; lop3.b32 $0, $1, {mask}, t, 0x6A; }}"  # ($1 & mask) ^ t
-
-
-@gluon.constexpr_function
-def _field(mask):
-    """$0 = 2**23 + ($1 & mask) as a float32."""
-    return f"{{ .reg .b32 t; mov.b32 t, 0x4B000000; lop3.b32 $0, $1, {mask}, t, 0xEA; }}"  # ($1 & mask) | t
 
 
 @gluon.constexpr_function
@@ -103,34 +99,6 @@ def _codes(words, QUARTER: gl.constexpr, R: gl.constexpr, MASK: gl.constexpr):
     """The codes of one quarter as signed bytes."""
     masked: gl.constexpr = _masked(ptx.place(QUARTER, R), MASK, R)
     return gl.inline_asm_elementwise(masked, "=r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
-
-
-@gluon.jit
-def _scale(packed, QUARTER: gl.constexpr):
-    """e4m3 of a quarter's groups."""
-    decode: gl.constexpr = ptx.decode_pair(QUARTER // 2)
-    pair = gl.inline_asm_elementwise(decode, "=f,=f,r", [packed], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
-    return pair[QUARTER % 2]
-
-
-@gluon.jit
-def _offset(packed, QUARTER: gl.constexpr, R: gl.constexpr, H: gl.constexpr, ZB: gl.constexpr):
-    """u of a quarter's groups; a zero offset is masked in place: 2**23 + zero * 2**bit as a float32."""
-    fixed: gl.constexpr = -H - _down(QUARTER, R)
-    if ZB == 0:
-        offset = gl.full_like(packed, 2.0 ** (R - 1) + fixed, dtype=gl.float32)
-    else:
-        shift: gl.constexpr = 16 if ZB * (QUARTER + 1) > 23 else 0
-        bit: gl.constexpr = ZB * QUARTER - shift
-        unit: gl.constexpr = 2.0 ** (R - ZB - bit)
-        take: gl.constexpr = _field((2**ZB - 1) << bit)
-        field = gl.inline_asm_elementwise(take, "=r,r", [packed >> shift], dtype=gl.float32, is_pure=True, pack=1)
-        # In one step where half a code counts beside 2**23 units.
-        if unit < 1.0:
-            offset = field * unit + (fixed - 2.0**23 * unit)
-        else:
-            offset = (field - 2.0**23) * unit + fixed
-    return offset
 
 
 @gluon.jit(do_not_specialize=["fresh"])
@@ -220,8 +188,8 @@ def dynamic_decode_kernel(
                 product, count = sums.reshape([WARPS, 16, 4, 2]).split()
                 product = gl.convert_layout(product, q_layout, assert_trivial=True)
                 count = gl.convert_layout(count, q_layout, assert_trivial=True)
-                s = _scale(scale, quarter)
-                u = _offset(zero, quarter, R, H, ZB)
+                s = group_scale(scale, quarter)
+                u = group_offset(zero, quarter, R, ZB, -H - _down(quarter, R))
                 t = product * of_product[quarter] - count * of_count[quarter] - u * of_offset[quarter]
                 total += s * t
             added = added + (total,)

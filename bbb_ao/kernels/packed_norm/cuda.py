@@ -6,7 +6,8 @@ Everything else, by the rule of `packed_linear.cuda`, is that product and plain 
 import torch
 from torch import Tensor
 
-from bbb_ao.kernels.packed_linear.cuda import aligned_rows, decode_linear, multiply, runs_decode_once
+from bbb_ao.kernels.packed_linear.cuda import aligned_rows, multiply, runs_decode_once
+from bbb_ao.kernels.packed_linear.launch import decode_linear
 from bbb_ao.kernels.packed_norm.decode import normed_decode_kernel
 from bbb_ao.kernels.packed_norm.op import check_operands
 from bbb_ao.kernels.packed_norm.reference import (
