@@ -8,7 +8,6 @@ shapes alone. Activations are traced (see `trace`); all other terms count tensor
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -113,9 +112,7 @@ def block_stage(job: Job, number: int) -> Phase:
     stage = job.recipe.stages[number]
     higher = job.recipe.stages[number - 1] if number else None
     sources = len(set(stream_widths(stage, higher, job.recipe)))
-    paths = [path(job, stage, sources, None)]
-    if job.head is not None:
-        paths.append(path(job, stage, sources, job.head))
+    paths = [path(job, stage, sources, head) for head in dict.fromkeys((None, job.head))]
     device = {"optimizer": optimizer(job, stage), **max(paths, key=lambda terms: sum(terms.values()))}
     if not job.on_cpu:
         # On a CPU the block is the model's own.
@@ -185,7 +182,7 @@ def batch(job: Job, stage: Stage, sources: int, blocks: int) -> int:
     return read * (2 if job.recorded(stage) else 1)
 
 
-def step(job: Job, stage: Stage, head: Head | None = None) -> int:
+def step(job: Job, stage: Stage, head: Head | None) -> int:
     """Activations, fake-quantized tensors and gradients of a step, at the worst moment; with a `head`, its logits."""
     shape = (job.micro_batch(stage), job.recipe.sequence_length, job.hidden)
     block, call = job.blocks[job.largest], job.calls[job.largest]
@@ -195,7 +192,7 @@ def step(job: Job, stage: Stage, head: Head | None = None) -> int:
     def trace() -> int:
         return step_bytes(block, teacher, call, stage, job.recipe, shape, job.device, job.accumulates(stage), behind)
 
-    return _traced_once(job, stage, trace, head is not None)
+    return _traced_once(job, stage, trace, with_head=head is not None)
 
 
 def model_step(job: Job, stage: Stage) -> int:
@@ -220,7 +217,7 @@ def model_step(job: Job, stage: Stage) -> int:
     return _traced_once(job, stage, trace)
 
 
-def _traced_once(job: Job, stage: Stage, trace: Callable[[], int], *more: Any) -> int:
+def _traced_once(job: Job, stage: Stage, trace: Callable[[], int], with_head: bool = False) -> int:
     """The trace of the first stage that holds the same tensors: those of a width differ in their values alone."""
     sliced = job.recipe.grid.kind == "integer" and min(stage.widths) < 8
     key = (
@@ -233,7 +230,7 @@ def _traced_once(job: Job, stage: Stage, trace: Callable[[], int], *more: Any) -
         stage.scope,
         stage.objective,
     )
-    key += (job.micro_batch(stage), job.accumulates(stage), *more)
+    key += (job.micro_batch(stage), job.accumulates(stage), with_head)
     if key not in job.traced:
         job.traced[key] = trace()
     return job.traced[key]

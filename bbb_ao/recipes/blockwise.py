@@ -143,9 +143,9 @@ def train_block_stage(
     fits = []
     for number, name in enumerate(run.names):
         student = student_model.get_submodule(name).to(run.device).eval()
-        path, head = teachers.path(number)
+        path = teachers.path(number)
         if number >= first:
-            load, loss_of = _block_loss(run, number, stage, student, path, head, streams, inputs, chosen)
+            load, loss_of = _block_loss(run, number, stage, student, path, teachers.head, streams, inputs, chosen)
             with codes_kept(student, stage, higher, run.teacher_blocks[number]):
                 where, count = f"{name}: {stage.name}", len(chosen)
                 result = fit(
@@ -183,7 +183,8 @@ class Target:
 class Teachers:
     """Full-precision blocks on the device and the streams behind them, as many as the loss of one block needs.
 
-    From the first block on whose loss reaches behind the last one, the head is there as well.
+    Attributes:
+        head: gives the logits of what leaves the last block, once a path reaches behind it and the recipe has `logits`.
     """
 
     def __init__(self, run: BlockRun) -> None:
@@ -192,11 +193,8 @@ class Teachers:
         self.stream = run.entry
         self.head: Callable[[Tensor], Tensor] | None = None
 
-    def path(self, number: int) -> tuple[list[Target], Callable[[Tensor], Tensor] | None]:
-        """Block `number` and, of what stands behind it, `lookahead` blocks, or less and the head where a loss needs it.
-
-        Numbers have to rise from call to call.
-        """
+    def path(self, number: int) -> list[Target]:
+        """Block `number` and, of those behind it, `lookahead`; numbers have to rise from call to call."""
         run = self.run
         self.targets.pop(number - 1, None)
         last = min(number + run.recipe.lookahead, len(run.names) - 1)
@@ -208,7 +206,7 @@ class Teachers:
                 self.stream = leaving
         if run.head is not None and self.head is None and number + run.recipe.lookahead > last:
             self.head = partial(run.logits, working_copy(run.head, run.device))
-        return [self.targets[ahead] for ahead in range(number, last + 1)], self.head
+        return [self.targets[ahead] for ahead in range(number, last + 1)]
 
 
 def _block_loss(

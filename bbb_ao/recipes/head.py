@@ -60,12 +60,14 @@ class Head(nn.Module):
             )
 
     def forward(self, states: Tensor) -> Tensor:
-        self.given.states = states
         # Every block returns the states, whatever enters it.
         entering = states.new_zeros(*states.shape[:-1], self.embedded)
-        logits = self.model(inputs_embeds=entering, use_cache=False).logits
-        self.given.states = None
-        return logits
+        self.given.states = states
+        try:
+            return self.model(inputs_embeds=entering, use_cache=False).logits
+        finally:
+            # Where memory ran out, they would hold all that they were computed from.
+            self.given.states = None
 
 
 def _last(model: nn.Module, block: nn.Module, ids: Tensor) -> tuple[Any, Tensor]:

@@ -82,7 +82,7 @@ def test_a_working_copy_is_gone_when_nobody_holds_it(make, ids):
     """At once: memory of a GPU would otherwise wait for the garbage collector."""
     working = working_copy(Head(make("llama"), ids[:1]), CPU)
     working(torch.randn(2, 8, 64))
-    alive = weakref.ref(working.model.lm_head.weight)
+    alive = weakref.ref(working.get_parameter("model.lm_head.weight"))
     gc.disable()
     try:
         del working
