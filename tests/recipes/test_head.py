@@ -13,7 +13,7 @@ from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.streams import working_copy
 
 CPU = torch.device("cpu")
-KINDS = ["llama", "tied", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi"]
+KINDS = ["llama", "tied", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "falcon"]
 
 
 @pytest.fixture
