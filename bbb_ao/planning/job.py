@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bbb_ao.passes import find_blocks
+from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.optimization import stage_rows, stage_steps, stream_dtype
 from bbb_ao.recipes.prepare import Prepared
 from bbb_ao.recipes.replay import WORTHWHILE
@@ -26,6 +27,7 @@ class Job:
         student: the same after preparation, float32.
         prepared: plans and names of the quantized layers.
         calls: how the model calls each block, for one sequence of the recipe's length.
+        head: what stands behind the model's blocks, where the recipe's loss looks at logits.
         recipe: what will be run; device: where blocks are trained.
     """
 
@@ -33,6 +35,7 @@ class Job:
     student: Any
     prepared: Prepared
     calls: list[BlockCall]
+    head: Head | None
     recipe: Recipe
     device: torch.device
 
@@ -44,7 +47,8 @@ class Job:
         ids = torch.zeros(1, recipe.sequence_length, dtype=torch.int64)
         with torch.device("meta"), Answered():
             calls = record_calls(model, [block for _, block in find_blocks(model)], ids)
-        return cls(model, student, prepared, calls, recipe, device)
+            head = Head(model, ids) if recipe.logits else None
+        return cls(model, student, prepared, calls, head, recipe, device)
 
     @cached_property
     def blocks(self) -> list[nn.Module]:

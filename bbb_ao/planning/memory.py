@@ -17,6 +17,7 @@ from bbb_ao.planning.job import Job, float32_bytes, tensor_bytes
 from bbb_ao.planning.trace import model_step_bytes, norms_bytes, shortened, step_bytes
 from bbb_ao.qat_linear import qat_linears
 from bbb_ao.recipes.blockwise import STREAM_BUDGET, stream_widths
+from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.optimization import stream_dtype
 from bbb_ao.recipes.prepare import reads_activations
 from bbb_ao.recipes.skeleton import trained_bytes
@@ -102,7 +103,7 @@ def activations(job: Job) -> Phase:
     shape = (job.stream_batch, job.recipe.sequence_length, job.hidden)
     block = copy.deepcopy(find_blocks(job.model)[job.largest][1]).float()
     forward = norms_bytes(block, job.calls[job.largest], shape, job.device)
-    device = {"teacher": teacher_block(job), "forward": forward}
+    device = {"teacher": teacher_blocks(job, 1), "forward": forward}
     return _phase(job, "norms", device | workspaces(job, 1), models(job), 1 + (kept_streams(job) or 2))
 
 
@@ -111,12 +112,8 @@ def block_stage(job: Job, number: int) -> Phase:
     stage = job.recipe.stages[number]
     higher = job.recipe.stages[number - 1] if number else None
     sources = len(set(stream_widths(stage, higher, job.recipe)))
-    device = {
-        "teacher": teacher_block(job),
-        "optimizer": optimizer(job, stage),
-        "batch": batch(job, stage, sources),
-        "step": step(job, stage),
-    }
+    paths = [path(job, stage, sources, head) for head in dict.fromkeys((None, job.head))]
+    device = {"optimizer": optimizer(job, stage), **max(paths, key=lambda terms: sum(terms.values()))}
     if not job.on_cpu:
         # On a CPU the block is the model's own.
         device |= {"masters": tensor_bytes(job.blocks[job.largest]), "calls": calls(job)}
@@ -147,9 +144,25 @@ def models(job: Job) -> dict[str, int]:
     return {"model": tensor_bytes(job.model), "student": tensor_bytes(job.student)}
 
 
-def teacher_block(job: Job) -> int:
-    """The full-precision block's working copy, float32, and those of the blocks behind that the loss looks at."""
-    return (1 + job.recipe.lookahead) * float32_bytes(find_blocks(job.model)[job.largest][1])
+def path(job: Job, stage: Stage, sources: int, head: Head | None) -> dict[str, int]:
+    """Terms of what the loss of a block looks at: the block, and as many behind it as `lookahead` says.
+
+    Args:
+        sources: streams that feed the block.
+        head: stands for the last of those behind; None where it is a block.
+    """
+    blocks = 1 + job.recipe.lookahead - (head is not None)
+    return {
+        "teacher": teacher_blocks(job, blocks),
+        **({} if head is None else {"head": float32_bytes(head)}),
+        "batch": batch(job, stage, sources, blocks),
+        "step": step(job, stage, head),
+    }
+
+
+def teacher_blocks(job: Job, count: int) -> int:
+    """Working copies of full-precision blocks, float32."""
+    return count * float32_bytes(find_blocks(job.model)[job.largest][1])
 
 
 def optimizer(job: Job, stage: Stage) -> int:
@@ -161,24 +174,25 @@ def _states(job: Job, stage: Stage) -> int:
     return 2 + (job.recipe.average > 0) + 2 * (stage.keep_bits is not None)
 
 
-def batch(job: Job, stage: Stage, sources: int) -> int:
-    """States of a batch that enter the block, from each of `sources` streams, and the target, float32."""
-    targets = 1 + job.recipe.lookahead if job.recipe.target_stream == "full_precision" else 0
+def batch(job: Job, stage: Stage, sources: int, blocks: int) -> int:
+    """States of a batch, float32: of each of `sources` streams that enter the block, and of `blocks` targets."""
+    targets = blocks if job.recipe.target_stream == "full_precision" else 0
     read = job.batch(stage) * job.recipe.sequence_length * job.hidden * 4 * (sources + targets)
     # A recorded step has inputs of its own.
     return read * (2 if job.recorded(stage) else 1)
 
 
-def step(job: Job, stage: Stage) -> int:
-    """Activations, fake-quantized tensors and gradients of a step, at the worst moment."""
+def step(job: Job, stage: Stage, head: Head | None) -> int:
+    """Activations, fake-quantized tensors and gradients of a step, at the worst moment; with a `head`, its logits."""
     shape = (job.micro_batch(stage), job.recipe.sequence_length, job.hidden)
     block, call = job.blocks[job.largest], job.calls[job.largest]
     teacher = copy.deepcopy(find_blocks(job.model)[job.largest][1]).float()
+    behind = None if head is None else copy.deepcopy(head).float()
 
     def trace() -> int:
-        return step_bytes(block, teacher, call, stage, job.recipe, shape, job.device, job.accumulates(stage))
+        return step_bytes(block, teacher, call, stage, job.recipe, shape, job.device, job.accumulates(stage), behind)
 
-    return _traced_once(job, stage, trace)
+    return _traced_once(job, stage, trace, with_head=head is not None)
 
 
 def model_step(job: Job, stage: Stage) -> int:
@@ -203,7 +217,7 @@ def model_step(job: Job, stage: Stage) -> int:
     return _traced_once(job, stage, trace)
 
 
-def _traced_once(job: Job, stage: Stage, trace: Callable[[], int]) -> int:
+def _traced_once(job: Job, stage: Stage, trace: Callable[[], int], with_head: bool = False) -> int:
     """The trace of the first stage that holds the same tensors: those of a width differ in their values alone."""
     sliced = job.recipe.grid.kind == "integer" and min(stage.widths) < 8
     key = (
@@ -216,7 +230,7 @@ def _traced_once(job: Job, stage: Stage, trace: Callable[[], int]) -> int:
         stage.scope,
         stage.objective,
     )
-    key += (job.micro_batch(stage), job.accumulates(stage))
+    key += (job.micro_batch(stage), job.accumulates(stage), with_head)
     if key not in job.traced:
         job.traced[key] = trace()
     return job.traced[key]

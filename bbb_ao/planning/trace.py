@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.live_bytes import peak_bytes
 from bbb_ao.qat_linear import set_training_bits
-from bbb_ao.recipes.distill import masks_given, stage_loss
+from bbb_ao.recipes.distill import divergence, masks_given, stage_loss
 from bbb_ao.recipes.optimization import autocast, stream_dtype
 from bbb_ao.recipes.prepare import squares_of
 from bbb_ao.recipes.skeleton import Answered, training
@@ -56,15 +56,24 @@ def materialize_call(call: BlockCall, device: torch.device) -> BlockCall:
 
 
 def step_loss(
-    student: nn.Module, ahead: Sequence[nn.Module], call: BlockCall, stage: Stage, hidden: Tensor, target: Tensor
+    student: nn.Module,
+    ahead: Sequence[nn.Module],
+    call: BlockCall,
+    stage: Stage,
+    hidden: Tensor,
+    target: Tensor,
+    head: nn.Module | None = None,
 ) -> Tensor:
     """The block loss of a micro-batch, summed over the stage's widths (`blockwise`, without its constants).
 
     Args:
         ahead: full-precision blocks that the output runs through; one target stands for all.
         hidden, target: [batch, tokens, hidden].
+        head: gives the logits behind the last of them, which are compared as well.
     """
     total = torch.zeros((), device=target.device)
+    with torch.no_grad(), autocast(target.device):
+        logits = None if head is None else head(target)
     for width, factor in zip(stage.widths, stage.loss_weights or (1.0,) * len(stage.widths), strict=True):
         if factor == 0:
             continue
@@ -74,6 +83,10 @@ def step_loss(
             with autocast(target.device):
                 output = call(block, output).float()
             total = total + factor * (output - target).square().mean()
+        if head is not None and logits is not None:
+            with autocast(target.device):
+                own = head(output)
+            total = total + factor * divergence(logits, own)
     return total
 
 
@@ -86,25 +99,30 @@ def step_bytes(
     shape: tuple[int, int, int],
     device: torch.device,
     accumulates: bool,
+    head: nn.Module | None = None,
 ) -> int:
     """Activations, fake-quantized tensors, casts and gradients of one optimizer step of a block, at the worst moment.
 
     Args:
         block: the prepared block, teacher: a full-precision one, float32; both on the meta device.
+        head: stands for the last step of the recipe's lookahead; float32, on the meta device.
         shape: [micro-batch, tokens, hidden].
         accumulates: gradients are there from the start, from the second micro-batch on.
     """
     with without_values():
         student, call = materialize(block, device).eval(), materialize_call(call, device)
-        ahead = [materialize(teacher, device).requires_grad_(False).eval()] * recipe.lookahead
+        behind = recipe.lookahead - (head is not None)
+        ahead = [materialize(teacher, device).requires_grad_(False).eval()] * behind
+        held_head = None if head is None else materialize(head, device).requires_grad_(False)
         hidden, target = torch.empty(shape, device=device), torch.empty(shape, device=device)
         with training(student, stage, recipe):
 
             def step() -> None:
                 for _ in range(1 + accumulates):
-                    step_loss(student, ahead, call, stage, hidden, target).backward()
+                    step_loss(student, ahead, call, stage, hidden, target, held_head).backward()
 
-            known = [_tensors(student), *map(_tensors, ahead), call.args, call.kwargs, hidden, target]
+            held = [student, *ahead] if held_head is None else [student, *ahead, held_head]
+            known = [*map(_tensors, held), call.args, call.kwargs, hidden, target]
             return peak_bytes(step, known)
 
 

@@ -51,6 +51,8 @@ OTHER = replace(
     generated=8,
     average=0.5,
 )
+# The losses of both blocks reach the logits.
+LOGITS = replace(RECIPE, stages=RECIPE.stages[:2], lookahead=2, logits=1.0)
 IDS = torch.randint(0, 200, (8, 64), generator=torch.Generator().manual_seed(1))
 
 
@@ -62,7 +64,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, worthwhile: int, recipe: Recipe = R
     return [p.detach() for p in result.model.parameters()], how
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, OTHER], ids=["plain", "other"])
+@pytest.mark.parametrize("recipe", [RECIPE, OTHER, LOGITS], ids=["plain", "other", "logits"])
 def test_recorded_training_equals_eager_training(monkeypatch: pytest.MonkeyPatch, recipe: Recipe) -> None:
     eager, how = trained(monkeypatch, 10**9, recipe)
     assert set(how) == {f"eager: 24 steps are fewer than {10**9}"}

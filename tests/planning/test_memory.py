@@ -45,29 +45,54 @@ def test_live_bytes_follow_storages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "lookahead"),
-    [(Stage(weight_bits=(8, 2), act_bits=4), 1), (Stage(weight_bits=2, train="scales"), 0)],
-    ids=["all", "scales"],
+    ("stage", "lookahead", "logits"),
+    [
+        (Stage(weight_bits=(8, 2), act_bits=4), 1, 0.0),
+        (Stage(weight_bits=2, train="scales"), 0, 0.0),
+        (Stage(weight_bits=(8, 2)), 2, 1.0),
+    ],
+    ids=["all", "scales", "logits"],
 )
-def test_traced_step_holds_what_a_real_one_does(stage: Stage, lookahead: int, make_directory, make_recipe) -> None:
-    recipe = make_recipe(stages=(stage,), micro_batch=2, lookahead=lookahead)
+def test_traced_step_holds_what_a_real_one_does(
+    stage: Stage, lookahead: int, logits: float, make_directory, make_recipe
+) -> None:
+    recipe = make_recipe(stages=(stage,), micro_batch=2, lookahead=lookahead, logits=logits)
     job = make_job(make_directory, recipe)
     block, call, shape = job.blocks[-1], job.calls[-1], (2, 32, 64)
-    teacher = find_blocks(job.model)[-1][1].float()
-    traced = step_bytes(block, teacher, call, stage, recipe, shape, CPU, accumulates=True)
-    real, twin = (materialize(each, CPU, lambda tensor: tensor.normal_(0, 0.1)).eval() for each in (block, teacher))
+    teacher, head = find_blocks(job.model)[-1][1].float(), job.head and job.head.float()
+    traced = step_bytes(block, teacher, call, stage, recipe, shape, CPU, accumulates=True, head=head)
+    real, *frozen = (
+        materialize(each, CPU, lambda x: x.normal_(0, 0.1)).eval() for each in (block, teacher, head) if each
+    )
+    twin, *behind = (each.requires_grad_(False) for each in frozen)
     call = materialize_call(call, CPU)
     hidden, target = torch.randn(shape), torch.randn(shape)
-    ahead = [twin.requires_grad_(False)] * lookahead
+    ahead = [twin] * (lookahead - len(behind))
     with training(real, stage, recipe):
 
         def step() -> None:
             for _ in range(2):
-                step_loss(real, ahead, call, stage, hidden, target).backward()
+                step_loss(real, ahead, call, stage, hidden, target, *behind).backward()
 
-        held = [list(each.parameters()) + list(each.buffers()) for each in (real, twin)]
+        held = [list(each.parameters()) + list(each.buffers()) for each in (real, *frozen)]
         found = peak_bytes(step, [held, call.args, call.kwargs, hidden, target])
     assert found == pytest.approx(traced, rel=0.02)
+
+
+@pytest.mark.parametrize(("logits_bytes", "counts"), [(10**9, True), (0, False)])
+def test_the_head_counts_where_its_path_holds_more(
+    logits_bytes: int, counts: bool, make_directory, make_recipe, monkeypatch
+) -> None:
+    """It stands for the last of the blocks behind."""
+    monkeypatch.setattr(memory, "step", lambda job, stage, head: 0 if head is None else logits_bytes)
+    job = make_job(make_directory, make_recipe(lookahead=2, logits=1.0))
+    found = memory.block_stage(job, 0).host
+    block = sum(4 * p.numel() for p in find_blocks(job.model)[0][1].parameters())
+    blocks = 2 if counts else 3
+    assert found["teacher"] == blocks * block
+    assert found["batch"] == 4 * 32 * 64 * 4 * (1 + blocks)
+    # The projection, the final norm and frequencies of the position embedding, twice.
+    assert found.get("head") == (4 * (128 * 64 + 64 + 2 * 8) if counts else None)
 
 
 def test_norms_hold_what_a_real_pass_does(make_directory, make_model, make_recipe) -> None:

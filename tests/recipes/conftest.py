@@ -43,6 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.1},
     "phi": {},
+    # Its blocks return tuples.
+    "falcon": {"hidden_dropout": 0.1},
 }
 
 

@@ -195,7 +195,7 @@ def test_stages_that_keep_bits_go_on(go, whole, tmp_path, steps):
     """What is kept comes from the finished stage, where the lower bits start from the model, both also half way."""
     below = Stage(weight_bits=(8, 4), keep_bits=2, epochs=2, batch_size=1)
     stages = (Stage(epochs=2, batch_size=1), below, replace(below, scope="model"))
-    recipe, output = replace(RECIPE, lookahead=1, generated=0, stages=stages), tmp_path / "out"
+    recipe, output = replace(RECIPE, lookahead=1, logits=1.0, generated=0, stages=stages), tmp_path / "out"
     with pytest.raises(Stop):
         go(output, recipe, report=StopsAtStep(steps))
     go(output, recipe)

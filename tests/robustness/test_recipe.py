@@ -65,6 +65,8 @@ SETTINGS = {
     "ratio_max=0.1": "did you mean split.ratio_max?",
     "average=2": "<= 1",
     "generated=-1": "from 0 to",
+    "logits=-1": "a finite number >= 0",
+    "logits=0.5": "logits: expected 0 without lookahead, got 0.5; fix: set lookahead",
     "stages.0.batch_size=0": "from 1 to",
     "stages.0.loss_weights=[1, 1]": "1 finite numbers",
     "grid.group_size=0": "a multiple of 32",
