@@ -11,15 +11,24 @@ is a CUDA graph, so that no time of the host counts. One row for each implementa
                          bits per weight x weights of the packed layers, and two bytes for every other weight
     bits_per_weight      of the packed layers, scales and zero points counted
 
-`--inductor-pdl` lets kernels that Inductor writes start before those before them end (programmatic dependent launch),
-for every implementation; ours do so anyway, but with BBB_AO_PDL=off. `--inductor-combo` lets it write kernels that do
-not depend on each other as one (queries turned, keys and values stored: one launch instead of three). `--fold` makes
-norms, residual sums and SwiGLU parts of the packed products (`bbb_ao.passes.fold_norms`); it compiles 8 blocks, or as
-many as it names, as one function, and the sum and norm behind the last of them stay as they are. `--profile` also
-prints the kernels of one step by their time. Models are built on the GPU in seconds.
+`--inductor KEY=VALUE`, any number of times, is a setting of torch._inductor.config for every implementation:
+
+    triton.enable_pdl=True       kernels that Inductor writes start before those before them end (programmatic dependent
+                                 launch); ours do so anyway, but with BBB_AO_PDL=off
+    combo_kernels=True           kernels that do not depend on each other become one (queries turned, keys and values
+                                 stored: one launch instead of three)
+    triton.native_matmul=True    Inductor writes products of two rows or more itself, attention's among them, and fuses
+                                 what is around them; they start early too, which neither cuBLAS's nor those do that
+                                 max_autotune_gemm=True takes from templates
+    coordinate_descent_tuning=True   products of one row, of dense weights, are sums that Inductor writes and tunes
+
+`--fold` makes norms, residual sums and SwiGLU parts of the packed products (`bbb_ao.passes.fold_norms`); it compiles 8
+blocks, or as many as it names, as one function, and the sum and norm behind the last of them stay as they are.
+`--profile` also prints the kernels of one step by their time. Models are built on the GPU in seconds.
 """
 
 import argparse
+import ast
 import gc
 import json
 import os
@@ -84,13 +93,36 @@ def capture(call: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(model: Any, batch: int, runs: int, seed: int, fold: int, profile: bool) -> dict[str, object]:
+def inductor_setting(text: str) -> tuple[str, Any]:
+    """("triton.enable_pdl", True) of "triton.enable_pdl=True"; for argparse.
+
+    Raises:
+        ArgumentTypeError: torch._inductor.config has no such setting, or the value is not of the type of its own.
+    """
+    key, _, value = text.partition("=")
+    known = torch._inductor.config.get_config_copy()
+    if key not in known:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE with a key of torch._inductor.config, got {text!r}")
+    if isinstance(known[key], str):
+        return key, value
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{key}: expected a Python literal, got {value!r}") from None
+    if known[key] is not None and type(parsed) is not type(known[key]):
+        raise argparse.ArgumentTypeError(f"{key}: expected {type(known[key]).__name__}, got {value!r}")
+    return key, parsed
+
+
+def measure(
+    model: Any, batch: int, runs: int, seed: int, fold: int, inductor: dict[str, Any], profile: bool
+) -> dict[str, object]:
     """Median and extremes of `runs` whole generations, after one that does not count."""
     torch._dynamo.reset()
     generator = torch.Generator("cuda").manual_seed(seed)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(0, vocabulary, (batch, PROMPT), device="cuda", generator=generator)
-    options = {"post_grad_custom_pre_pass": FoldNorms()} if fold else None
+    options = inductor | ({"post_grad_custom_pre_pass": FoldNorms()} if fold else {})
     decoder = Decoder(model, prompt, NEW_TOKENS, compiled=True, options=options, span=max(1, fold))
     start = time.perf_counter()
     prefill, step = capture(decoder.prefill), capture(decoder.step)
@@ -154,28 +186,25 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inductor-pdl", action="store_true")
-    parser.add_argument("--inductor-combo", action="store_true")
+    parser.add_argument("--inductor", action="append", type=inductor_setting, default=[], metavar="KEY=VALUE")
     parser.add_argument("--fold", type=int, nargs="?", const=8, default=0, metavar="BLOCKS")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("decode: expected an NVIDIA GPU, found none", file=sys.stderr)
         return 5
-    torch._inductor.config.triton.enable_pdl = arguments.inductor_pdl
-    torch._inductor.config.combo_kernels = arguments.inductor_combo
     rows: list[dict[str, object]] = []
+    inductor = dict(arguments.inductor)
     where = environment(arguments.seed)
     settings = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "layers": arguments.layers, "runs": arguments.runs}
-    settings |= {"inductor_pdl": arguments.inductor_pdl, "inductor_combo": arguments.inductor_combo}
-    settings |= {"fold": arguments.fold, "own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
+    settings |= {"inductor": inductor, "fold": arguments.fold, "own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
     for impl in arguments.impl:
         start = time.perf_counter()
         model, size = build_measured(impl, arguments.layers, arguments.seed)
         built = time.perf_counter() - start
         print(f"{impl}: built in {built:.1f} s, {size['weight_bytes']:,} bytes, {size['bits_per_weight']:.3f} bits")
         for batch in arguments.batch:
-            row = measure(model, batch, arguments.runs, arguments.seed, arguments.fold, arguments.profile)
+            row = measure(model, batch, arguments.runs, arguments.seed, arguments.fold, inductor, arguments.profile)
             print(
                 f"{impl:12} batch {batch:3}: {row['tokens_per_second']:9.1f} tokens/s "
                 f"({row['low']:.1f} to {row['high']:.1f}), steps alone {row['step_tokens_per_second']:9.1f}, "

@@ -191,14 +191,13 @@ class Decoder:
     def step(self) -> None:
         """Read the last token and choose the next one."""
         state = self.start(self.model.model, self.norms[0], self.token, self.position)
-        mask = self.places.view(1, 1, 1, -1) <= self.position
-        self._finish(self.span, state, mask, self.caches)
+        self._finish(self.span, state, self.places, self.caches)
 
-    def _finish(self, span: int, state: tuple, mask: Tensor | None, caches: list) -> None:
+    def _finish(self, span: int, state: tuple, places: Tensor | None, caches: list) -> None:
         hidden, normed, rotary = state
         parts = list(zip(self.model.model.layers, self.norms[1:], caches, strict=True))
         for first in range(0, len(parts), span):
-            hidden, normed = self.blocks(parts[first : first + span], hidden, normed, rotary, mask)
+            hidden, normed = self.blocks(parts[first : first + span], hidden, normed, rotary, places)
         self.tail(self.model.lm_head, normed[:, -1:], self.token, self.output, self.position)
 
 
@@ -207,13 +206,30 @@ def start_token(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(embedded ids, the first block's norm of them, rotary cosines and sines)."""
     hidden = model.embed_tokens(ids)
-    return hidden, norm(hidden), model.rotary_emb(hidden, position.unsqueeze(0))
+    return hidden, norm(hidden), rotary_parts(model.rotary_emb, position, hidden.dtype)
+
+
+def rotary_parts(embedding: Any, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a LlamaRotaryEmbedding, [1, tokens, head_dim], without its matrix product of one column.
+
+    That product would be a launch of the library's in each step.
+    """
+    angles = (position.float().unsqueeze(-1) * embedding.inv_freq).repeat(1, 2).unsqueeze(0)
+    cosine, sine = angles.cos() * embedding.attention_scaling, angles.sin() * embedding.attention_scaling
+    return cosine.to(dtype), sine.to(dtype)
 
 
 def run_blocks(
-    parts: list[tuple[Any, nn.Module, LayerCache]], hidden: Tensor, normed: Tensor, rotary: tuple, mask: Tensor | None
+    parts: list[tuple[Any, nn.Module, LayerCache]], hidden: Tensor, normed: Tensor, rotary: tuple, places: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Decoder blocks, each with the norm behind it; `normed` is the first block's own first norm of `hidden`."""
+    """Decoder blocks, each with the norm behind it.
+
+    Args:
+        normed: the first block's own first norm of `hidden`.
+        places: int64 [length] for one token, which attends to those up to its own; None for a prompt. The mask is made
+            here, where Inductor computes it inside the softmax.
+    """
+    mask = None if places is None else (places <= parts[0][2].position).view(1, 1, 1, -1)
     for module, norm, cache in parts:
         attended, _ = module.self_attn(
             hidden_states=normed, position_embeddings=rotary, attention_mask=mask, past_key_values=cache

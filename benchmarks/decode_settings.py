@@ -16,7 +16,6 @@ from pathlib import Path
 
 import decode
 import torch
-import torch._inductor.config
 from environment import environment
 from settings import MORE
 
@@ -24,6 +23,7 @@ from bbb_ao.kernels.packed_linear import cuda
 from bbb_ao.kernels.packed_linear.tuning import settings_for
 
 LAYERS = 32
+INDUCTOR = (("triton.enable_pdl", True), ("combo_kernels", True))
 
 
 class Choices:
@@ -44,6 +44,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impl", default="w2a16", choices=[name for name in decode.IMPLEMENTATIONS if name != "bf16"])
     parser.add_argument("--fold", type=int, default=8, metavar="BLOCKS", help="as in decode.py; 0 for none")
+    parser.add_argument(
+        "--inductor", action="append", type=decode.inductor_setting, default=list(INDUCTOR), metavar="KEY=VALUE"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no further run is begun after these")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -52,8 +55,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("decode_settings: expected an NVIDIA GPU, found none", file=sys.stderr)
         return 5
-    torch._inductor.config.triton.enable_pdl = torch._inductor.config.combo_kernels = True
-    begun, choices, where = time.monotonic(), Choices(), environment(arguments.seed)
+    begun, choices = time.monotonic(), Choices()
+    fold, inductor, where = arguments.fold, dict(arguments.inductor), environment(arguments.seed)
+    settings = {"impl": arguments.impl, "fold": fold, "inductor": inductor}
     cuda.settings_for = choices
     model, _ = decode.build_measured(arguments.impl, LAYERS, arguments.seed)
     rows: list[dict[str, object]] = []
@@ -62,9 +66,9 @@ def main() -> int:
         """Tokens a second of the steps with a change."""
         kept = dict(choices.chosen)
         choices.chosen = kept | changed
-        row = decode.measure(model, 1, arguments.runs, arguments.seed, arguments.fold, profile=False)
+        row = decode.measure(model, 1, arguments.runs, arguments.seed, fold, inductor, profile=False)
         choices.chosen = kept
-        rows.append({"impl": arguments.impl, "fold": arguments.fold, "changed": changed, "kept": kept, **row, **where})
+        rows.append({**settings, "changed": changed, "kept": kept, **row, **where})
         arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         print(f"{row['step_tokens_per_second']:8.1f} tokens/s  {changed}", flush=True)
         return float(str(row["step_tokens_per_second"]))

@@ -1,5 +1,6 @@
-"""The decoding loop of benchmarks/decode.py, on a CPU: the tokens of generate(), for every implementation."""
+"""The decoding loop of benchmarks/decode.py on a CPU: the tokens of generate() for all implementations; its options."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b
+import decode as benchmark
+from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b, rotary_parts
 
 from bbb_ao.packed_linear import packed_linears
 
@@ -60,3 +62,37 @@ def test_compiled_decoder_has_three_graphs_for_the_prompt_and_three_for_a_step()
         setattr(decoder, name, compiled)
     assert torch.equal(decode(decoder), expected)
     assert len(graphs) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_parts_are_those_of_transformers(dtype: torch.dtype) -> None:
+    model = build(tiny(), "bf16", "cpu").model
+    for position in (torch.arange(7), torch.tensor([8191])):
+        hidden = torch.zeros(1, len(position), 128, dtype=dtype)
+        parts = rotary_parts(model.rotary_emb, position, dtype)
+        for part, expected in zip(parts, model.rotary_emb(hidden, position.unsqueeze(0)), strict=True):
+            assert part.dtype == dtype
+            assert torch.equal(part, expected)
+
+
+def test_settings_of_inductor_take_the_type_of_its_own() -> None:
+    texts = ["triton.enable_pdl=True", "max_autotune_gemm_backends=ATEN,TRITON", "combo_kernel_allow_mixed_sizes=2"]
+    settings = dict(map(benchmark.inductor_setting, texts))
+    assert settings == {
+        "triton.enable_pdl": True,
+        "max_autotune_gemm_backends": "ATEN,TRITON",
+        "combo_kernel_allow_mixed_sizes": 2,
+    }
+    # As the benchmark hands them over.
+    assert torch.compile(lambda x: x + 1, options=settings)
+
+
+@pytest.mark.parametrize("text", ["triton.pdl=True", "combo_kernels", "combo_kernels=yes", "combo_kernels=1", "="])
+def test_a_setting_that_inductor_has_not_or_of_another_type_is_refused(text: str, monkeypatch, capsys) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected"):
+        benchmark.inductor_setting(text)
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--inductor", text])
+    with pytest.raises(SystemExit) as refused:
+        benchmark.main()
+    assert refused.value.code == 2
+    assert "decode.py: error: argument --inductor: " in capsys.readouterr().err.splitlines()[-1]
