@@ -6,7 +6,9 @@ own change of its input, over all calibration tokens) makes learning rates and c
 scale. Source: design.md, section 1.4 (Xu et al., equation of the block loss).
 
 With `lookahead`, the output goes on through as many full-precision blocks, each compared in the same way, and the loss
-is the mean of all: what the blocks behind would make of an error counts, not its size alone.
+is the mean of all: what the blocks behind would make of an error counts, not its size alone. Behind the last block
+stand the final norm and the head. With `logits: w`, a path that reaches behind it goes on to the logits z_q and z, and
+w * KL(softmax(z) || softmax(z_q)) is added.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from bbb_ao.passes import find_blocks
 from bbb_ao.qat_linear import set_training_bits
+from bbb_ao.recipes.distill import divergence
+from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.loop_state import Saving
 from bbb_ao.recipes.memory import Memory
 from bbb_ao.recipes.optimization import Fit, autocast, codes_kept, fit, stage_rows, stream_dtype
@@ -34,6 +38,7 @@ class BlockRun:
 
     Attributes:
         teacher: the full-precision model, on the CPU; only the block at work is copied to the device.
+        head: what stands behind its blocks, where the recipe's loss looks at logits.
         sequences: [sequences, tokens], int64; the last `generated` of them were written by the model itself.
         names, teacher_blocks, calls: of the decoder blocks, in order.
         entry: the stream that enters the first block.
@@ -59,6 +64,7 @@ class BlockRun:
         self.entry = embed(self.teacher, self.teacher_blocks[0], self.sequences, stream_dtype(self.device), cache)
         self.memory.streams.add(self.entry)
         self.kept: dict[int, Stream] = {}
+        self.head = Head(self.teacher, self.sequences[:1]) if self.recipe.logits else None
 
     def behind(self, number: int, entering: Stream, block: nn.Module) -> Stream:
         """The full-precision stream behind block `number`; `block` is its working copy, `entering` what enters it."""
@@ -86,6 +92,11 @@ class BlockRun:
         """The block's output, float32."""
         with autocast(self.device):
             return call(block, hidden).float()
+
+    def logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """The head's output, in the type of the matrix products."""
+        with autocast(self.device):
+            return head(hidden)
 
 
 def stream_widths(stage: Stage, higher: Stage | None, recipe: Recipe) -> list[tuple[int | None, int | None]]:
@@ -132,9 +143,9 @@ def train_block_stage(
     fits = []
     for number, name in enumerate(run.names):
         student = student_model.get_submodule(name).to(run.device).eval()
-        path = teachers.path(number)
+        path, head = teachers.path(number)
         if number >= first:
-            load, loss_of = _block_loss(run, number, stage, student, path, streams, inputs, chosen)
+            load, loss_of = _block_loss(run, number, stage, student, path, head, streams, inputs, chosen)
             with codes_kept(student, stage, higher, run.teacher_blocks[number]):
                 where, count = f"{name}: {stage.name}", len(chosen)
                 result = fit(
@@ -170,15 +181,22 @@ class Target:
 
 
 class Teachers:
-    """Full-precision blocks on the device and the streams behind them, as many as the loss of one block needs."""
+    """Full-precision blocks on the device and the streams behind them, as many as the loss of one block needs.
+
+    From the first block on whose loss reaches behind the last one, the head is there as well.
+    """
 
     def __init__(self, run: BlockRun) -> None:
         self.run = run
         self.targets: dict[int, Target] = {}
         self.stream = run.entry
+        self.head: Callable[[Tensor], Tensor] | None = None
 
-    def path(self, number: int) -> list[Target]:
-        """Block `number` and, of those behind it, `lookahead`; numbers have to rise from call to call."""
+    def path(self, number: int) -> tuple[list[Target], Callable[[Tensor], Tensor] | None]:
+        """Block `number` and, of what stands behind it, `lookahead` blocks, or less and the head where a loss needs it.
+
+        Numbers have to rise from call to call.
+        """
         run = self.run
         self.targets.pop(number - 1, None)
         last = min(number + run.recipe.lookahead, len(run.names) - 1)
@@ -188,7 +206,9 @@ class Teachers:
                 leaving = run.behind(ahead, self.stream, block)
                 self.targets[ahead] = Target(partial(run.run, run.calls[ahead], block), self.stream, leaving)
                 self.stream = leaving
-        return [self.targets[ahead] for ahead in range(number, last + 1)]
+        if run.head is not None and self.head is None and number + run.recipe.lookahead > last:
+            self.head = partial(run.logits, working_copy(run.head, run.device))
+        return [self.targets[ahead] for ahead in range(number, last + 1)], self.head
 
 
 def _block_loss(
@@ -197,6 +217,7 @@ def _block_loss(
     stage: Stage,
     student: nn.Module,
     path: list[Target],
+    head: Callable[[Tensor], Tensor] | None,
     streams: dict[tuple[int | None, int | None], Stream],
     inputs: list[tuple[int | None, int | None]],
     chosen: Tensor,
@@ -213,21 +234,29 @@ def _block_loss(
         rows = chosen[positions]
         return tuple(stream.read(rows, run.device) for stream in read)
 
+    @torch.no_grad()
+    def wanted_of(hidden: Tensor, leaving: tuple[Tensor, ...]) -> list[Tensor]:
+        """What should leave each block of the path, read or made of what enters it; then the logits, with a head."""
+        wanted = list(leaving)
+        for target in path if own_inputs else ():
+            hidden = target.block(hidden)
+            wanted.append(hidden)
+        return wanted if head is None else [*wanted, head(wanted[-1])]
+
     def loss_of(*states: Tensor) -> Tensor:
-        total = torch.zeros((), device=run.device)
+        total, wanted = torch.zeros((), device=run.device), None
         for width, source, factor in active:
             hidden = states[sources.index(source)]
+            if wanted is None or own_inputs:
+                wanted = wanted_of(hidden, states[len(sources) :])
             set_training_bits(student, width, stage.act_bits)
-            output, wanted = run.run(run.calls[number], student, hidden), hidden
+            output = run.run(run.calls[number], student, hidden)
             for step, (target, change) in enumerate(zip(path, changes, strict=True)):
                 if step > 0:
                     output = target.block(output)
-                if own_inputs:
-                    with torch.no_grad():
-                        wanted = target.block(wanted)
-                else:
-                    wanted = states[len(sources) + step]
-                total = total + factor / len(path) * (output - wanted).square().mean() / change
+                total = total + factor / len(path) * (output - wanted[step]).square().mean() / change
+            if head is not None:
+                total = total + factor * run.recipe.logits * divergence(wanted[-1], head(output))
         return total
 
     return load, loss_of

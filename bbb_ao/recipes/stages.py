@@ -234,6 +234,8 @@ class Recipe:
             the "student"'s inputs.
         lookahead: full-precision blocks behind the one in training that its output runs through; what leaves each of
             them counts in the loss as well.
+        logits: weight of the forward divergence of the logits in the loss of the blocks whose `lookahead` reaches
+            behind the last one; 0 leaves it out.
         gradient_clip: largest L2 norm of a step's gradient; None does not clip.
         warmup: share of a stage's steps with a linearly rising learning rate, 0 to 1; cosine decay follows.
         micro_batch: sequences in one forward pass (gradients are accumulated up to batch_size); None takes batch_size.
@@ -264,6 +266,7 @@ class Recipe:
     input_stream: Literal["quantized", "next_higher"] = "quantized"
     target_stream: Literal["full_precision", "student"] = "full_precision"
     lookahead: int = 0
+    logits: float = 0.0
     gradient_clip: float | None = 1.0
     warmup: float = 0.05
     micro_batch: int | None = None
@@ -285,6 +288,9 @@ class Recipe:
         _expect_number(self, "average", 0, 1)
         _expect_count(self, "generated", 0)
         _expect_count(self, "lookahead", 0)
+        _expect_number(self, "logits", 0)
+        valid = self.logits == 0 or self.lookahead > 0
+        _expect(valid, "logits", "0 without lookahead", self.logits, "set lookahead to 1 or more")
         for position, stage in enumerate(self.stages):
             valid = stage.text == "calibration" or self.generated > 0
             fix = "set generated to a number of sequences"

@@ -11,6 +11,7 @@ from bbb_ao.errors import NumericsError
 from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes import blockwise, optimization
 from bbb_ao.recipes.blockwise import BlockRun, stream_widths, train_block_stage
+from bbb_ao.recipes.distill import divergence
 from bbb_ao.recipes.prepare import prepare_student
 from bbb_ao.recipes.stages import Split, Stage
 
@@ -283,3 +284,61 @@ def test_lookahead_runs_the_output_through_the_blocks_behind(prepared, run, monk
     expected = [sum(errors) / 2]
     expected.append((teacher.run(teacher.calls[1], second, hidden) - targets[2]).square().mean() / changes[1])
     assert list(losses.values()) == pytest.approx([float(value.detach()) for value in expected], rel=1e-4)
+
+
+def first_losses(teacher, student, monkeypatch, **fields):
+    """Block -> the loss of the untrained student on the first four sequences, and that of two halves of them."""
+    losses = []
+
+    def remember(module, stage, recipe, count, loss_of, seed, where, on_step, load, memory, saving):
+        whole, *halves = (float(loss_of(*load(torch.tensor(rows))).detach()) for rows in ([0, 1, 2, 3], [0, 1], [2, 3]))
+        assert sum(halves) / 2 == pytest.approx(whole, rel=1e-5), "micro-batches give the mean"
+        losses.append(whole)
+        return optimization.Fit(0.0, 0.0, 0, "")
+
+    monkeypatch.setattr(blockwise, "fit", remember)
+    train_block_stage(teacher, student, stage(**fields), None, 0)
+    return losses
+
+
+@pytest.mark.parametrize("target_stream", ["full_precision", "student"])
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_logits_count_where_the_path_reaches_behind_the_last_block(
+    target_stream, lookahead, prepared, run, ids, monkeypatch
+):
+    fields = {"lookahead": lookahead, "target_stream": target_stream}
+    joint = {"weight_bits": (8, 2), "loss_weights": (1.0, 2.0)}
+    without = first_losses(run("gemma3_text", **fields), prepared("gemma3_text"), monkeypatch, **joint)
+    losses = first_losses(run("gemma3_text", logits=3.0, **fields), prepared("gemma3_text"), monkeypatch, **joint)
+    teacher, student = run("gemma3_text", **fields).teacher, prepared("gemma3_text")
+    # The student's blocks, but for those behind the one in training; what enters the last one, from either prefix.
+    expected = []
+    for trained in range(2):
+        total = 0.0
+        for width, factor in ((8, 1.0), (2, 2.0)):
+            made = copy.deepcopy(teacher)
+            for number in range(trained + 1):
+                made.model.layers[number] = copy.deepcopy(student.model.layers[number])
+                set_training_bits(made.model.layers[number], width)
+            wanted = copy.deepcopy(teacher)
+            if target_stream == "student" and trained == 1:
+                wanted.model.layers[0] = copy.deepcopy(made.model.layers[0])
+            with torch.no_grad():
+                logits = [model(ids[:4], use_cache=False).logits for model in (wanted, made)]
+            total += factor * 3.0 * float(divergence(*logits))
+        expected.append(total if trained + lookahead > 1 else 0.0)
+    assert expected[1] > 0.1
+    assert [a - b for a, b in zip(losses, without, strict=True)] == pytest.approx(expected, rel=1e-3)
+    assert (losses[0] == without[0]) == (lookahead == 1)
+
+
+def test_logits_change_only_the_blocks_that_reach_them(prepared, run):
+    states = []
+    for logits in (0.0, 1.0):
+        student = prepared("llama")
+        fits = train_block_stage(run("llama", lookahead=1, logits=logits), student, stage(), None, 0)
+        assert all(fit.last_loss < fit.first_loss for fit in fits)
+        states.append(state(student))
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert changed
+    assert all(name.startswith("model.layers.1.") for name in changed)

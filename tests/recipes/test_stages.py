@@ -47,6 +47,18 @@ def test_objectives_belong_to_model_stages_and_generated_text_to_recipes_that_ha
             recipe(**values)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, True, "1"])
+def test_bad_weights_of_logits_are_refused(value: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^logits: expected a finite number >= 0, got .*; fix: "):
+        recipe(logits=value, lookahead=1)
+
+
+def test_logits_need_a_lookahead() -> None:
+    assert recipe(logits=0.5, lookahead=1).logits == 0.5
+    with pytest.raises(RecipeError, match=r"^logits: expected 0 without lookahead, got 0\.5; fix: set lookahead"):
+        recipe(logits=0.5)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (-1.0,), (float("nan"),), (0.0,)])
 def test_bad_loss_weights_are_refused(weights: tuple[float, ...]) -> None:
     with pytest.raises(RecipeError, match="loss_weights"):
