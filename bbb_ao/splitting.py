@@ -151,6 +151,28 @@ def expand_channels(x: Tensor, index: Tensor) -> Tensor:
     Args:
         index: as from `choose_index`: every channel once and in order, then duplicates and padding.
     """
-    # Joined, not gathered as a whole: the gradient of a gather adds every channel by index, ten times as slow on a CPU.
     tail = index[x.shape[-1] :]
+    if x.requires_grad and torch.is_grad_enabled():
+        return _ExpandChannels.apply(x, tail)  # type: ignore[return-value]
+    # Joined, not gathered as a whole: the gradient of a gather adds every channel by index, ten times as slow on a CPU.
     return torch.cat([x, F.pad(x, (0, 1)).index_select(-1, tail)], -1)
+
+
+class _ExpandChannels(torch.autograd.Function):
+    """`expand_channels` for training: one pass over x each way, where pad, gather and join take two and back five.
+
+    With no gradient the plain operations stay: Inductor fuses them, and `passes.fold_norms` looks for them.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tail: Tensor) -> Tensor:
+        channels = x.shape[-1]
+        padding, source = tail == channels, tail.clamp(max=channels - 1)
+        ctx.save_for_backward(padding, source)
+        return torch.cat([x, x.index_select(-1, source).masked_fill_(padding, 0)], -1)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        padding, source = ctx.saved_tensors
+        kept, copies = gradients[0].tensor_split([gradients[0].shape[-1] - source.numel()], -1)
+        return kept.index_add(-1, source, copies.masked_fill(padding, 0)), None

@@ -1,7 +1,7 @@
 """Launch settings of the packed kernels on one NVIDIA GPU, for the files in bbb_ao/kernels/packed_linear/tuned.
 
     python benchmarks/settings.py --kernel decode --bits 2 4 8 --m 1 2
-    python benchmarks/settings.py --kernel few_rows --bits 2 --m 8 16 32
+    python benchmarks/settings.py --kernel few_rows --bits 2 4 8 --m 8
     python benchmarks/settings.py --kernel warpgroup --bits 2 --m 16 32 64 128 256 1024
     python benchmarks/settings.py --kernel dynamic --bits 2 --m 1 [--output FILE] [--seconds 120]
 
@@ -39,15 +39,17 @@ REPLAYS = 9
 # Beside those that the package tries: fewer registers, so that more programs of the next launch fit.
 MORE = [(1, 2, 0), (1, 4, 64), (1, 8, 64), (1, 8, 96), (2, 4, 128), (1, 16, 64)]
 MORE_FEW = [
-    (1, 4, 96),
-    (1, 8, 96),
-    (1, 16, 0),
-    (2, 4, 128),
-    (2, 4, 168),
-    (2, 16, 0),
-    (4, 4, 168),
-    (4, 8, 128),
-    (8, 4, 0),
+    *((tiles, span, warps, programs) for tiles in (1, 2) for span in (1, 2, 4) for warps, programs in ((4, 4), (8, 2))),
+    *(
+        (1, 4, 16, 1),
+        (2, 4, 8, 1),
+        (2, 1, 8, 3),
+        (1, 1, 8, 3),
+        (4, 2, 8, 1),
+        (4, 1, 16, 1),
+        (3, 1, 16, 1),
+        (4, 1, 4, 4),
+    ),
 ]
 COMPILED_ROWS = 256  # of the weight: what is compiled does not depend on how many there are
 
@@ -93,10 +95,8 @@ def compile_one(task: tuple[str, int, int, int, Setting]) -> str | None:
 
 def key_of(kernel: str, n: int, k: int, bits: int, m: int) -> str:
     """The line of the tuned file that a choice belongs to."""
-    if kernel == "dynamic":
-        return f"dynamic decode {n}x{k} {bits} bits"
-    name = {"decode": "decode", "few_rows": "few rows", "warpgroup": "matmul"}[kernel]
-    return f"{name} {n}x{k} {bits} bits, {m} rows"
+    name = {"decode": "decode", "few_rows": "few rows", "dynamic": "dynamic decode", "warpgroup": "matmul"}[kernel]
+    return f"{name} {n}x{k} {bits} bits" + (f", {m} rows" if kernel in ("decode", "warpgroup") else "")
 
 
 def time_settings(kernel: str, shape: tuple[int, int], bits: int, m: int) -> dict[Setting | None, float]:

@@ -291,3 +291,29 @@ def test_padding_reads_zero_and_passes_no_gradient() -> None:
     assert torch.equal(y, torch.cat([x, x[:, 1:2], torch.zeros(2, 1)], 1))
     y.sum().backward()
     assert torch.equal(x.grad, torch.tensor([[1.0, 2.0, 1.0]] * 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_expanding_has_the_values_and_gradient_of_a_plain_gather(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5, 40, generator=generator(0)).to(dtype).requires_grad_()
+    index = torch.cat([torch.arange(40), torch.tensor([39, 7, 0, 40, 40])]).to(torch.int32)
+    with torch.no_grad():
+        without_gradient = expand_channels(x, index)
+    plain = torch.nn.functional.pad(x, (0, 1))[..., index.long()]
+    y = expand_channels(x, index)
+    assert torch.equal(y, plain)
+    assert torch.equal(y, without_gradient)
+    seed = torch.randn(y.shape, generator=generator(1)).to(dtype)
+    (expected,), (found,) = torch.autograd.grad(plain, x, seed), torch.autograd.grad(y, x, seed)
+    assert torch.equal(found, expected)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda x: expand_channels(x, index), x)
+        assert torch.autograd.gradgradcheck(lambda x: expand_channels(x, index), x)
+
+
+def test_padding_stays_zero_beside_a_value_that_is_not_finite() -> None:
+    x = torch.tensor([[1.0, torch.inf]], requires_grad=True)
+    y = expand_channels(x, torch.tensor([0, 1, 2], dtype=torch.int32))
+    assert y.tolist() == [[1.0, torch.inf, 0.0]]
+    y.backward(torch.full_like(y, torch.nan).index_fill(1, torch.tensor([0, 1]), 1.0))
+    assert torch.equal(x.grad, torch.ones(1, 2))

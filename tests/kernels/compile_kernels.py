@@ -47,7 +47,7 @@ def decode(dtype: str, bits: int) -> str:
 
 def few(dtype: str, bits: int) -> str:
     constants = {name: value for name, value in decode_constants(bits).items() if name != "M"}
-    return ptx(few_rows_kernel, decode_signature(dtype) | {"M": "i32"}, {**constants, "BM": 16}, 4)
+    return ptx(few_rows_kernel, decode_signature(dtype) | {"M": "i32"}, {**constants, "SPAN": 2}, 4)
 
 
 def residual(dtype: str, bits: int) -> str:

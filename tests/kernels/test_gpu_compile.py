@@ -120,7 +120,7 @@ def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: d
 def test_a_few_rows_share_a_block_of_the_weight(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
         if name.startswith("few"):
-            # 16 rows of x: for each of eight steps of 16 columns two products with the weight, and two with ones.
+            # Two blocks: in each eight products of 16 columns with the weight, and eight with ones.
             products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16", text))
             assert products == 32, (name, products)
             assert "ld.global.v2.b32" in text, name

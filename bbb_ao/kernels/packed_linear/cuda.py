@@ -40,7 +40,7 @@ ALIGNMENT = 16  # bytes, of what is copied in whole tiles
 GROUP_ROWS = 128  # of the weight in one program of `matmul_kernel`
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 DECODE_ROWS = 2
-FEW_ROWS = 32
+FEW_ROWS = 8
 WARPGROUP_ROWS = 1024
 ROW_TILES = (16, 32, 64, 128, 256)
 # For each row tile: programs that share a multiprocessor, and for that the registers of each thread at the start and of
@@ -59,16 +59,20 @@ DECODE_SETTINGS: list[Settings] = [
     (2, 8, 0),
     (2, 8, 128),
 ]
+# (tiles at a time, blocks side by side for each warp, warps, programs that share a multiprocessor)
 FEW_ROWS_SETTINGS: list[Settings] = [
-    (2, 8, 0),
-    (1, 4, 0),
-    (1, 8, 0),
-    (1, 8, 128),
-    (2, 4, 0),
-    (2, 8, 128),
-    (4, 4, 0),
-    (4, 8, 0),
+    (1, 2, 16, 1),
+    (1, 4, 8, 1),
+    (1, 2, 8, 2),
+    (1, 4, 4, 2),
+    (1, 4, 4, 3),
+    (2, 2, 8, 2),
+    (2, 1, 8, 2),
+    (2, 1, 16, 1),
+    (2, 2, 16, 1),
+    (4, 1, 8, 2),
 ]
+REGISTERS = 65536  # of a multiprocessor
 
 
 def packed_linear_cuda(
@@ -232,7 +236,6 @@ def decode_linear(
     name: str = "decode",
     kernel: Any = decode_kernel,
     y: Tensor | None = None,
-    candidates: list[Settings] = DECODE_SETTINGS,
     **more: object,
 ) -> Tensor:
     """One or two rows, [M, in_features] contiguous, through `decode_kernel`: [M, out_features].
@@ -241,7 +244,6 @@ def decode_linear(
         name: of what is launched, among tuned settings.
         kernel: one that takes the arguments of `decode_kernel` and these `more`.
         y: where it writes, if not [M, out_features].
-        candidates: settings to choose from.
     """
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count) if y is None else y
@@ -274,9 +276,9 @@ def decode_linear(
             **more,
         )
 
-    key = f"{name} {count}x{features} {codes['R']} bits, {more.get('BM', rows.shape[0])} rows"
+    key = f"{name} {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
     with torch.cuda.device(rows.device):
-        run(settings_for(key, candidates, run, rows.get_device()))
+        run(settings_for(key, DECODE_SETTINGS, run, rows.get_device()))
     return y
 
 
@@ -289,9 +291,40 @@ def few_rows_linear(
     settings: tuple[int, int, bool, int],
 ) -> Tensor:
     """Up to FEW_ROWS rows, [M, in_features] contiguous, through `few_rows_kernel`: [M, out_features]."""
-    held = max(8, triton.next_power_of_2(rows.shape[0]))
-    of_kernel: dict[str, Any] = {"name": "few rows", "kernel": few_rows_kernel, "candidates": FEW_ROWS_SETTINGS}
-    return decode_linear(rows, planes, scales, index, bias, settings, **of_kernel, BM=held)
+    features, count = planes[0].shape[1] * 4, planes[0].shape[0]
+    y = rows.new_empty(rows.shape[0], count)
+    codes = kernel_codes(planes, settings)
+    pointers = kernel_pointers(planes, scales)
+    device = rows.get_device()
+
+    def run(choice: Settings) -> None:
+        tiles, span, warps, programs = choice
+        few_rows_kernel[(min(triton.cdiv(count, 16 * tiles), programs * _multiprocessors(device)),)](
+            rows,
+            *pointers,
+            rows if index is None else index,
+            rows if bias is None else bias,
+            y,
+            rows.shape[1],
+            count,
+            rows.shape[0],
+            NB=features // BLOCK,
+            **codes,
+            EXPONENTS=scales[1].dim() == 1,
+            INDEXED=index is not None,
+            BIASED=bias is not None,
+            TILES=tiles,
+            SPAN=span,
+            WARPS=warps,
+            num_warps=warps,
+            maxnreg=min(255, REGISTERS // (programs * warps * 32) // 8 * 8),
+            **dependent_launch(rows.device),
+        )
+
+    key = f"few rows {count}x{features} {codes['R']} bits"
+    with torch.cuda.device(rows.device):
+        run(settings_for(key, FEW_ROWS_SETTINGS, run, device))
+    return y
 
 
 def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
