@@ -117,6 +117,23 @@ def _read_x(
 
 
 @gluon.jit
+def _places(
+    WARPS: gl.constexpr, SPAN: gl.constexpr, a_layout: gl.constexpr, b_layout: gl.constexpr, s_layout: gl.constexpr
+):
+    """Places in a tile: (row, block of the warp, word) of planes, (row, block) of scales; in x: (block, word, row)."""
+    an = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))[None, :, None]
+    a_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None] * SPAN
+    a_word = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, a_layout)))[None, None, :]
+    sn = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, s_layout)))[None, :, None]
+    s_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, s_layout)))[:, None, None] * SPAN
+    s_block = s_warp + gl.arange(0, SPAN, layout=gl.SliceLayout(0, gl.SliceLayout(1, s_layout)))[None, None, :]
+    b_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))[:, None, None] * SPAN
+    b_word = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
+    bm = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
+    return (an, a_warp, a_word, sn, s_block), (b_warp, b_word, bm)
+
+
+@gluon.jit
 def _load_tile(weight, places, tile, base, N, NB: gl.constexpr, R: gl.constexpr, ZB: gl.constexpr, SPAN: gl.constexpr):
     """(planes of each of SPAN blocks, packed scales and zero offsets) of the 16 rows from `tile` on."""
     high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr = weight
@@ -154,6 +171,30 @@ def _add_block(
         if dtype != gl.bfloat16:
             factor *= 2.0 ** -ptx.place(quarter, R)
         total += factor * (acc - group_offset(zero, quarter, R, ZB, -H) * sums[quarter])
+    return total
+
+
+@gluon.jit
+def _add_tile(
+    total,
+    planes,
+    scale,
+    zero,
+    blocks,
+    x_ptr,
+    R: gl.constexpr,
+    MASK: gl.constexpr,
+    H: gl.constexpr,
+    ZB: gl.constexpr,
+    SPAN: gl.constexpr,
+):
+    """total + the products of a tile's blocks with those of x, as from `_load_tile` and `_read_x`."""
+    layout: gl.constexpr = total.type.layout
+    for i in gl.static_range(SPAN):
+        words = assemble(planes[i][0], planes[i][1], planes[i][2], planes[i][3], R)
+        s = _of_block(scale, i, SPAN, layout)
+        z = _of_block(zero, i, SPAN, layout)
+        total = _add_block(total, words, s, z, blocks[i], x_ptr, R, MASK, H, ZB)
     return total
 
 
@@ -209,17 +250,7 @@ def few_rows_kernel(
     s_layout: gl.constexpr = _packed_layout(WARPS, SPAN)
     TURN: gl.constexpr = WARPS * SPAN
     TURNS: gl.constexpr = (NB + TURN - 1) // TURN
-    an = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))[None, :, None]
-    a_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None] * SPAN
-    a_word = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, a_layout)))[None, None, :]
-    sn = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, s_layout)))[None, :, None]
-    s_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, s_layout)))[:, None, None] * SPAN
-    s_block = s_warp + gl.arange(0, SPAN, layout=gl.SliceLayout(0, gl.SliceLayout(1, s_layout)))[None, None, :]
-    b_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))[:, None, None] * SPAN
-    b_word = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
-    bm = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
-    of_weight = (an, a_warp, a_word, sn, s_block)
-    of_x = (b_warp, b_word, bm)
+    of_weight, of_x = _places(WARPS, SPAN, a_layout, b_layout, s_layout)
     weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
     step = gl.num_programs(0) * 16 * TILES
     start = gl.program_id(0) * 16 * TILES
@@ -250,13 +281,7 @@ def few_rows_kernel(
                     following = gl.where(ends, first + step, first)
                     base = gl.where(ends, 0, (turn + 1) * TURN)
                 planes, packed = _load_tile(weight, of_weight, following, base, N, NB, R, ZB, SPAN)
-                total = totals[tile]
-                for i in gl.static_range(SPAN):
-                    block = words[i]
-                    codes = assemble(block[0], block[1], block[2], block[3], R)
-                    s = _of_block(scale, i, SPAN, acc_layout)
-                    z = _of_block(zero, i, SPAN, acc_layout)
-                    total = _add_block(total, codes, s, z, blocks[i], x_ptr, R, MASK, H, ZB)
+                total = _add_tile(totals[tile], words, scale, zero, blocks, x_ptr, R, MASK, H, ZB, SPAN)
                 added = added + (total,)
             totals = added
         for tile in gl.static_range(TILES):
