@@ -13,7 +13,7 @@ from torch import Tensor
 from bbb_ao.grid import Grid
 from bbb_ao.kernels.packed_row.linear import fits_row_path
 
-ROW_COUNTS = (1, 16, 256)
+ROW_COUNTS = (1, 8, 16, 256)
 
 
 @dataclass(frozen=True)

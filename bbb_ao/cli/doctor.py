@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("bbb-ao", "torch", "triton", "torchao", "transformers", "safetensors")
 # Rows of x for which each of the GPU's kernels runs, on a layer that fits them all.
-PROBES = {"decode": 1, "warpgroup": 16, "dequantize": 2048}
+PROBES = {"decode": 1, "few_rows": 8, "warpgroup": 16, "dequantize": 2048}
 
 
 def doctor(

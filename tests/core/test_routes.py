@@ -17,11 +17,15 @@ def kind(**change) -> LayerKind:
     ("rows", "capability", "name"),
     [
         (1, (9, 0), "decode"),
+        (2, (9, 0), "decode"),
+        (3, (9, 0), "few_rows"),
+        (8, (9, 0), "few_rows"),
+        (9, (9, 0), "warpgroup"),
         (16, (9, 0), "warpgroup"),
         (256, (9, 0), "warpgroup"),
         (1025, (9, 0), "dequantize"),
-        (8, (8, 9), "decode"),
-        (16, (8, 9), "dequantize"),
+        (8, (8, 9), "few_rows"),
+        (9, (8, 9), "dequantize"),
         (1, (12, 0), "decode"),
     ],
 )
