@@ -99,9 +99,9 @@ def inductor_setting(text: str) -> tuple[str, Any]:
     Raises:
         ArgumentTypeError: torch._inductor.config has no such setting, or the value is not of the type of its own.
     """
-    key, _, value = text.partition("=")
+    key, given, value = text.partition("=")
     known = torch._inductor.config.get_config_copy()
-    if key not in known:
+    if not given or key not in known:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE with a key of torch._inductor.config, got {text!r}")
     if isinstance(known[key], str):
         return key, value

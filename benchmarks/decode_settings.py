@@ -3,9 +3,9 @@
     python benchmarks/decode_settings.py [--impl w2a16] [--fold 8] [--seconds 300] [--output FILE]
 
 What a setting is worth depends on the kernels that its launch overlaps with, so it is measured where it runs: one
-kernel after the other takes each candidate in turn and keeps the one that gives most tokens a second. Runs with
-Inductor's `--inductor-pdl` and `--inductor-combo`, one row, batch 1. One flat row for each run: `changed` is what it
-tried, `kept` every choice at that time. The last lines are those of the tuned file.
+kernel after the other takes each candidate in turn and keeps the one that gives most tokens a second. Inductor runs
+with `INDUCTOR` and what `--inductor` adds; one row, batch 1. One flat row for each run: `changed` is what it tried,
+`kept` every choice at that time. The last lines are those of the tuned file.
 """
 
 import argparse

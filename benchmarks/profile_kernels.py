@@ -183,10 +183,8 @@ def profile_all(ncu: str, model: str, cases: Sequence[tuple[str, int, str]], see
         options = ["--model", model, "--shape", shape, "--rows", str(m), "--impl", impl, "--seed", str(seed), "--bare"]
         try:
             found = profile(ncu, [sys.executable, str(Path(__file__).resolve()), *options])
-        except CountersRefused:
-            print(
-                "profile_kernels: ncu: expected permission to read GPU counters, got ERR_NVGPUCTRPERM", file=sys.stderr
-            )
+        except CountersRefused as error:
+            print(f"profile_kernels: ncu: expected permission to read GPU counters, got {error}", file=sys.stderr)
             return 5
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             found = [{"error": str(error)}]

@@ -87,7 +87,10 @@ def test_settings_of_inductor_take_the_type_of_its_own() -> None:
     assert torch.compile(lambda x: x + 1, options=settings)
 
 
-@pytest.mark.parametrize("text", ["triton.pdl=True", "combo_kernels", "combo_kernels=yes", "combo_kernels=1", "="])
+@pytest.mark.parametrize(
+    "text",
+    ["triton.pdl=True", "combo_kernels", "combo_kernels=yes", "combo_kernels=1", "=", "max_autotune_gemm_backends"],
+)
 def test_a_setting_that_inductor_has_not_or_of_another_type_is_refused(text: str, monkeypatch, capsys) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected"):
         benchmark.inductor_setting(text)

@@ -7,8 +7,8 @@ A kernel compiled with PDL
 3. waits, after which the launches before it are complete and what they wrote is visible;
 4. only then reads anything else and writes.
 
-It lets the next launch start (griddepcontrol.launch_dependents) between 1 and 2, or once it has asked for its last tile
-where a multiprocessor holds several programs: the next launch's would crowd on those with room for one more.
+It lets the next launch start (griddepcontrol.launch_dependents) between 1 and 2, or, in `warpgroup`, once it has asked
+for its last tile: programs of the next launch would crowd on multiprocessors with room for one more.
 
 Every program waits, so that a launch is complete only after those before it are: one wait is enough for all of them.
 A weight may be packed and multiplied by at once, so that 2 is only right where it is a constant: in a captured graph,

@@ -23,6 +23,7 @@ from bbb_ao.recipes.blockwise import BlockRun, train_block_stage
 from bbb_ao.recipes.disk import disk_use
 from bbb_ao.recipes.distill import train_model_stage
 from bbb_ao.recipes.generation import GENERATED_AT_ONCE, generate_sequences
+from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.identity import Inputs, check_hashes, check_recipe, hash_inputs
 from bbb_ao.recipes.keeper import Keeper
 from bbb_ao.recipes.loading import choose_device, load_model, load_tokenizer
@@ -123,6 +124,9 @@ def train(
         find_head(model)
     device = device or choose_device()
     with _evaluating(model):
+        if recipe.logits:
+            # Here, so that a model without such a head is refused before it writes text.
+            Head(model, sequences[:1])
         if recipe.generated and generated is None:
             write = partial(_generate, model, sequences, recipe, device, report or Silent())
             generated = keeper.generated(write) if keeper else write()

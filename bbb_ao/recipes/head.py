@@ -1,6 +1,7 @@
 """What stands behind the last decoder block: the final norm, the language-model head, and what is done with logits."""
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,17 @@ TOLERANCE = 2**-6
 
 @dataclass
 class _Given:
-    """The forward of every block of a head: returns what the head was given, in a tuple where the model's blocks do."""
+    """The forward of every block of a head: returns what the head was given, as the model's blocks return it.
 
-    in_tuple: bool
+    Attributes:
+        length: of the tuple that they return, whose further members become None; 0 where they return a tensor.
+    """
+
+    length: int
     states: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.states,) if self.in_tuple else self.states
+        return (self.states, *[None] * (self.length - 1)) if self.length else self.states
 
 
 class Head(nn.Module):
@@ -37,27 +42,40 @@ class Head(nn.Module):
         model: a causal language model in evaluation mode; it is not changed.
         ids: [1, tokens], int64; the head is tried on the first of them.
     Raises:
-        ModelError: there, its logits are not the model's.
+        ModelError: there, its logits are not the model's, or not finite.
     """
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         super().__init__()
         blocks, embedding = find_blocks(model), model.get_input_embeddings()
         output, expected = _last(model, blocks[-1][1], ids[:, :TRIED])
-        self.given = _Given(isinstance(output, tuple))
+        in_tuple = isinstance(output, tuple)
+        self.given = _Given(len(output) if in_tuple else 0)
         self.embedded: int = embedding.weight.shape[1]
         stack = model.get_submodule(blocks[0][0].rpartition(".")[0])
         replaced = {id(stack): nn.ModuleList(_emptied(block, self.given) for _, block in blocks)}
         # What the memo holds is not copied.
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.model: Any = copy.deepcopy(model, {**shared, **replaced, id(embedding): nn.Identity()})
-        with torch.no_grad():
-            error = (self(output[0] if self.given.in_tuple else output) - expected).abs()
+        if hasattr(self.model.config, "output_router_logits"):
+            # A loss of mixtures of experts that needs what blocks without weights do not make.
+            self.model.config.output_router_logits = False
+        self._try(type(model).__name__, output[0] if in_tuple else output, expected)
+
+    @torch.no_grad()
+    def _try(self, name: str, states: Tensor, expected: Tensor) -> None:
+        if not bool(expected.isfinite().all()):
+            raise ModelError(f"{name}: logits: expected finite numbers, got NaN or infinity; fix: check its weights")
+        wanted = f"{name}: logits: expected them to follow from the last decoder block's output"
+        try:
+            error = (self(states) - expected).abs()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            got = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            raise ModelError(f"{wanted}, got {got}; fix: --set logits=0") from problem
         if not bool((error <= TOLERANCE * expected.abs().max()).all()):
-            raise ModelError(
-                f"{type(model).__name__}: logits: expected them to follow from the last decoder block's output, "
-                f"got an error of {error.max().item():.3g}; fix: leave logits out of the recipe"
-            )
+            raise ModelError(f"{wanted}, got an error of {error.max().item():.3g}; fix: --set logits=0")
 
     def forward(self, states: Tensor) -> Tensor:
         # Every block returns the states, whatever enters it.
@@ -85,5 +103,7 @@ def _last(model: nn.Module, block: nn.Module, ids: Tensor) -> tuple[Any, Tensor]
 def _emptied(block: nn.Module, forward: _Given) -> nn.Module:
     """A block without weights that keeps what models ask blocks for, such as their kind of attention."""
     twin = copy.copy(block)
-    twin.__dict__.update(_modules={}, _parameters={}, _buffers={}, forward=forward)
+    nothing: dict[str, Any] = {name: {} for name in ("_modules", "_parameters", "_buffers")}
+    hooks: dict[str, Any] = {name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")}
+    twin.__dict__.update(nothing, **hooks, forward=forward)
     return twin

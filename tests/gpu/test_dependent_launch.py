@@ -83,7 +83,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
     assert not wrong, f"{len(wrong)} of {len(expected)} differ, first {wrong[0]}"
 
 
-rows = pytest.mark.parametrize("m", [1, 2, 40, 300])
+rows = pytest.mark.parametrize("m", [1, 2, 5, 40, 300])
 act_widths = pytest.mark.parametrize("act_bits", [None, 2])
 
 

@@ -16,12 +16,12 @@ OUT_FEATURES = (1, 37, 300, 9000)  # the last one takes programs to more than on
 ZERO_POINT_BITS = (0, 2, 4, 8)
 
 
-@pytest.mark.parametrize("turn", range(10))
+@pytest.mark.parametrize("turn", range(12))
 def test_every_setting_gives_the_product(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from bbb_ao.kernels.packed_linear import launch
 
     choices = launch.FEW_ROWS_SETTINGS
-    assert len(choices) == 10, "as many as there are turns"
+    assert len(choices) == 12, "as many as there are turns"
     monkeypatch.setattr(launch, "settings_for", lambda *_: choices[turn])
     for number, (features, out_features) in enumerate(zip(COLUMNS, OUT_FEATURES, strict=True)):
         bits, dtype = (2, 4, 8, 3)[(turn + number) % 4], (torch.bfloat16, torch.float16)[(turn + number) % 2]

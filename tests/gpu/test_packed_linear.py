@@ -126,7 +126,7 @@ def test_ragged_shapes_with_index_and_bias(device: str, features: int, out_featu
     half_step=st.booleans(),
     indexed=st.booleans(),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
-    magnitude=st.sampled_from([0.0, 1e-20, 1.0, 1e20]),
+    magnitude=st.sampled_from([0.0, 1e-20, 1.0, 1e18]),
 )
 def test_random_cases(
     device: str,
@@ -215,7 +215,7 @@ def test_zero_and_constant_groups(device: str, m: int) -> None:
 @devices
 @pytest.mark.memcheck
 @pytest.mark.parametrize("act_bits", [None, 4])
-@pytest.mark.parametrize("m", [1, 17, 65])
+@pytest.mark.parametrize("m", [1, 5, 17, 65])
 def test_every_run_gives_the_same_bits(device: str, m: int, act_bits: int | None) -> None:
     for features, out_features, indexed in ((1024, 130, False), (416, 100, True)):
         case = plain_case(m, features, out_features, indexed=indexed)

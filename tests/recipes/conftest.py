@@ -45,6 +45,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi": {},
     # Its blocks return tuples.
     "falcon": {"hidden_dropout": 0.1},
+    # Its model unpacks two values from each block.
+    "bamba": GROUPED,
+    # Its loss reads what the routers of its blocks gave.
+    "mixtral": GROUPED | {"num_local_experts": 2, "output_router_logits": True},
 }
 
 

@@ -9,11 +9,12 @@ import torch
 
 from bbb_ao.errors import ModelError
 from bbb_ao.passes import find_blocks
+from bbb_ao.recipes import compress
 from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.streams import working_copy
 
 CPU = torch.device("cpu")
-KINDS = ["llama", "tied", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "falcon"]
+KINDS = ["llama", "tied", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "falcon", "bamba", "mixtral"]
 
 
 @pytest.fixture
@@ -102,5 +103,36 @@ def test_logits_that_need_more_than_the_last_states_are_refused(make, ids):
             return output
 
     model.__class__ = WithTokens
-    with pytest.raises(ModelError, match=r"^WithTokens: logits: expected them to follow .*; fix: leave logits out"):
+    with pytest.raises(ModelError, match=r"^WithTokens: logits: expected them to follow .*; fix: --set logits=0"):
         Head(model, ids[:1])
+
+
+def test_a_model_that_does_not_run_on_the_states_alone_is_refused(make, ids):
+    model = copy.deepcopy(make("llama"))
+
+    class Checking(type(model)):
+        def forward(self, input_ids=None, **values):
+            if input_ids is None:
+                raise IndexError("no ids")
+            return super().forward(input_ids, **values)
+
+    model.__class__ = Checking
+    with pytest.raises(ModelError, match=r"^Checking: logits: .*, got IndexError: no ids; fix: --set logits=0"):
+        Head(model, ids[:1])
+
+
+def test_logits_that_are_not_finite_are_refused(make, ids):
+    model = copy.deepcopy(make("llama"))
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = torch.nan
+    with pytest.raises(ModelError, match=r"logits: expected finite numbers, got NaN or infinity"):
+        Head(model, ids[:1])
+
+
+def test_the_head_is_tried_before_the_model_writes_text(make, ids, make_recipe, monkeypatch):
+    model = copy.deepcopy(make("llama"))
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = torch.nan
+    monkeypatch.setattr(compress, "generate_sequences", lambda *arguments: pytest.fail("text was written"))
+    with pytest.raises(ModelError, match="logits: expected finite numbers"):
+        compress.train(model, ids, make_recipe(lookahead=1, logits=1.0, generated=2), CPU)

@@ -11,7 +11,8 @@ codes 1 would give.
 
 Warps of a program share its tiles of 16 rows of the weight; each takes SPAN blocks side by side, whose scales it reads
 at once. A program goes from tiles to tiles, and keeps its part of x in registers where its warps have all columns
-between them. The sums of the warps meet behind each tile in a fixed order.
+between them. The sums of the warps meet behind each tile in a fixed order. As in `decode`, activations of a magnitude
+of 2**63 and more overflow in bfloat16.
 """
 
 from triton.experimental import gluon

@@ -56,6 +56,8 @@ FEW_ROWS_SETTINGS: list[Settings] = [
     (1, 1, 8, 2),
     (1, 4, 4, 3),
     (4, 2, 8, 1),
+    (3, 2, 16, 1),
+    (2, 1, 8, 2),
 ]
 REGISTERS = 65536  # of a multiprocessor
 
