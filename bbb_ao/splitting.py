@@ -154,12 +154,13 @@ def expand_channels(x: Tensor, index: Tensor) -> Tensor:
     tail = index[x.shape[-1] :]
     if x.requires_grad and torch.is_grad_enabled():
         return _ExpandChannels.apply(x, tail)  # type: ignore[return-value]
-    # Joined, not gathered as a whole: the gradient of a gather adds every channel by index, ten times as slow on a CPU.
     return torch.cat([x, F.pad(x, (0, 1)).index_select(-1, tail)], -1)
 
 
 class _ExpandChannels(torch.autograd.Function):
     """`expand_channels` for training: one pass over x each way, where pad, gather and join take two and back five.
+
+    Joined, not gathered as a whole: the gradient of a gather adds every channel by index, ten times as slow on a CPU.
 
     With no gradient the plain operations stay: Inductor fuses them, and `passes.fold_norms` looks for them.
     """

@@ -38,11 +38,11 @@ class BlockRun:
 
     Attributes:
         teacher: the full-precision model, on the CPU; only the block at work is copied to the device.
-        head: what stands behind its blocks, where the recipe's loss looks at logits.
         sequences: [sequences, tokens], int64; the last `generated` of them were written by the model itself.
         names, teacher_blocks, calls: of the decoder blocks, in order.
         entry: the stream that enters the first block.
         memory: how much of it runs at once, and where streams are kept.
+        head: what stands behind its blocks; a recipe with `logits` needs it.
         kept: the full-precision stream behind each block, kept for the next stage where all of them fit into
             STREAM_BUDGET; it is the same in every stage.
     """
@@ -53,6 +53,7 @@ class BlockRun:
     device: torch.device
     generated: int = 0
     memory: Memory = field(default_factory=Memory)
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         blocks = find_blocks(self.teacher)
@@ -64,7 +65,6 @@ class BlockRun:
         self.entry = embed(self.teacher, self.teacher_blocks[0], self.sequences, stream_dtype(self.device), cache)
         self.memory.streams.add(self.entry)
         self.kept: dict[int, Stream] = {}
-        self.head = Head(self.teacher, self.sequences[:1]) if self.recipe.logits else None
 
     def behind(self, number: int, entering: Stream, block: nn.Module) -> Stream:
         """The full-precision stream behind block `number`; `block` is its working copy, `entering` what enters it."""
@@ -204,7 +204,8 @@ class Teachers:
                 leaving = run.behind(ahead, self.stream, block)
                 self.targets[ahead] = Target(partial(run.run, run.calls[ahead], block), self.stream, leaving)
                 self.stream = leaving
-        if run.head is not None and self.head is None and number + run.recipe.lookahead > last:
+        if run.recipe.logits and self.head is None and number + run.recipe.lookahead > last:
+            assert run.head is not None, "a recipe with logits comes with a head"
             self.head = partial(run.logits, working_copy(run.head, run.device))
         return [self.targets[ahead] for ahead in range(number, last + 1)]
 

@@ -124,9 +124,8 @@ def train(
         find_head(model)
     device = device or choose_device()
     with _evaluating(model):
-        if recipe.logits:
-            # Here, so that a model without such a head is refused before it writes text.
-            Head(model, sequences[:1])
+        # Here, so that a model without such a head is refused before it writes text.
+        head = Head(model, sequences[:1]) if recipe.logits else None
         if recipe.generated and generated is None:
             write = partial(_generate, model, sequences, recipe, device, report or Silent())
             generated = keeper.generated(write) if keeper else write()
@@ -138,7 +137,7 @@ def train(
                     "fix: generate as many sequences, of the same length"
                 )
             sequences = torch.cat([sequences, generated])
-        return _train(model, sequences, recipe, device, report or Silent(), keeper, facts or {})
+        return _train(model, head, sequences, recipe, device, report or Silent(), keeper, facts or {})
 
 
 def _generate(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch.device, report: Reporter) -> Tensor:
@@ -154,6 +153,7 @@ def _generate(model: nn.Module, sequences: Tensor, recipe: Recipe, device: torch
 
 def _train(
     model: nn.Module,
+    head: Head | None,
     sequences: Tensor,
     recipe: Recipe,
     device: torch.device,
@@ -168,7 +168,7 @@ def _train(
     own = recipe.generated if in_blocks else 0
     memory = keeper.memory if keeper else Memory(recipe.micro_batch, recipe.cache)
     memory.notice = report.notice
-    run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own, memory)
+    run = BlockRun(model, sequences[: len(sequences) - recipe.generated + own], recipe, device, own, memory, head)
     student = copy.deepcopy(model).float().cpu()
     prepared = prepare_student(student, recipe, run)
     # Not before: a run that is refused leaves no log.

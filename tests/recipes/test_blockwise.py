@@ -12,6 +12,7 @@ from bbb_ao.qat_linear import qat_linears, set_training_bits
 from bbb_ao.recipes import blockwise, optimization
 from bbb_ao.recipes.blockwise import BlockRun, stream_widths, train_block_stage
 from bbb_ao.recipes.distill import divergence
+from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.prepare import prepare_student
 from bbb_ao.recipes.stages import Split, Stage
 
@@ -34,7 +35,12 @@ def prepared(make_model, make_recipe, ids):
 @pytest.fixture
 def run(make_model, make_recipe, ids):
     """A function: architecture and recipe fields -> a BlockRun."""
-    return lambda name, **fields: BlockRun(make_model(name), ids, make_recipe(**fields), CPU)
+
+    def made(name, **fields):
+        model, recipe = make_model(name), make_recipe(**fields)
+        return BlockRun(model, ids, recipe, CPU, head=Head(model, ids[:1]) if recipe.logits else None)
+
+    return made
 
 
 def stage(**fields):

@@ -86,6 +86,28 @@ def kernel_pointers(planes: tuple[Tensor, Tensor | None, Tensor | None], scales:
     )
 
 
+def row_arguments(
+    rows: Tensor,
+    planes: tuple[Tensor, Tensor | None, Tensor | None],
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    index: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[int, int, bool, int],
+    y: Tensor,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(first arguments, constants) of a kernel that takes rows of x, [M, in_features], as they are."""
+    pointers = kernel_pointers(planes, scales)
+    others = (rows if index is None else index, rows if bias is None else bias)
+    constants = {
+        "NB": planes[0].shape[1] * 4 // BLOCK,
+        **kernel_codes(planes, settings),
+        "EXPONENTS": scales[1].dim() == 1,
+        "INDEXED": index is not None,
+        "BIASED": bias is not None,
+    }
+    return (rows, *pointers, *others, y, rows.shape[1], planes[0].shape[0]), constants
+
+
 def decode_linear(
     rows: Tensor,
     planes: tuple[Tensor, Tensor | None, Tensor | None],
@@ -107,27 +129,14 @@ def decode_linear(
     """
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count) if y is None else y
-    codes = kernel_codes(planes, settings)
-    arguments = (
-        rows,
-        *kernel_pointers(planes, scales),
-        rows if index is None else index,
-        rows if bias is None else bias,
-        y,
-    )
+    arguments, constants = row_arguments(rows, planes, scales, index, bias, settings, y)
 
     def run(choice: Settings) -> None:
         tiles, warps, registers = choice
         kernel[(triton.cdiv(count, 16 * tiles),)](
             *arguments,
-            rows.shape[1],
-            count,
-            NB=features // BLOCK,
-            **codes,
+            **constants,
             M=rows.shape[0],
-            EXPONENTS=scales[1].dim() == 1,
-            INDEXED=index is not None,
-            BIASED=bias is not None,
             TILES=tiles,
             WARPS=warps,
             num_warps=warps,
@@ -136,7 +145,7 @@ def decode_linear(
             **more,
         )
 
-    key = f"{name} {count}x{features} {codes['R']} bits, {rows.shape[0]} rows"
+    key = f"{name} {count}x{features} {constants['R']} bits, {rows.shape[0]} rows"
     with torch.cuda.device(rows.device):
         run(settings_for(key, DECODE_SETTINGS, run, rows.get_device()))
     return y
@@ -153,26 +162,15 @@ def few_rows_linear(
     """Up to eight rows, [M, in_features] contiguous, through `few_rows_kernel`: [M, out_features]."""
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = rows.new_empty(rows.shape[0], count)
-    codes = kernel_codes(planes, settings)
-    pointers = kernel_pointers(planes, scales)
+    arguments, constants = row_arguments(rows, planes, scales, index, bias, settings, y)
     device = rows.get_device()
 
     def run(choice: Settings) -> None:
         tiles, span, warps, programs = choice
         few_rows_kernel[(min(triton.cdiv(count, 16 * tiles), programs * _multiprocessors(device)),)](
-            rows,
-            *pointers,
-            rows if index is None else index,
-            rows if bias is None else bias,
-            y,
-            rows.shape[1],
-            count,
+            *arguments,
             rows.shape[0],
-            NB=features // BLOCK,
-            **codes,
-            EXPONENTS=scales[1].dim() == 1,
-            INDEXED=index is not None,
-            BIASED=bias is not None,
+            **constants,
             TILES=tiles,
             SPAN=span,
             WARPS=warps,
@@ -181,7 +179,7 @@ def few_rows_linear(
             **dependent_launch(rows.device),
         )
 
-    key = f"few rows {count}x{features} {codes['R']} bits"
+    key = f"few rows {count}x{features} {constants['R']} bits"
     with torch.cuda.device(rows.device):
         run(settings_for(key, FEW_ROWS_SETTINGS, run, device))
     return y

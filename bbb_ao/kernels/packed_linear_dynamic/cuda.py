@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.fake_quantize.launch import gathered_rows
-from bbb_ao.kernels.packed_linear.cuda import ALIGNMENT, fits_kernels, multiply
-from bbb_ao.kernels.packed_linear.launch import kernel_codes, kernel_pointers
+from bbb_ao.kernels.packed_linear.cuda import aligned_rows, fits_kernels, multiply
+from bbb_ao.kernels.packed_linear.launch import row_arguments
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
 from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel
@@ -63,8 +63,7 @@ def packed_linear_dynamic_cuda(
     act_settings = (act_bits, act_half_step)
     if x.dtype == torch.float64:
         return packed_linear_dynamic_reference(x, *planes, *scales, index, bias, *settings, *act_settings)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = rows if rows.data_ptr() % ALIGNMENT == 0 else rows.clone()
+    rows = aligned_rows(x)
     shape = (*x.shape[:-1], high.shape[0])
     if rows.shape[0] == 1 and high.shape[0]:
         capability = torch.cuda.get_device_capability(x.device)
@@ -87,23 +86,15 @@ def dynamic_decode(
     """One row, [1, in_features] contiguous, through `dynamic_decode_kernel`: [1, out_features]."""
     features, count = planes[0].shape[1] * 4, planes[0].shape[0]
     y = row.new_empty(1, count)
-    codes = kernel_codes(planes, settings)
-    arguments = (row, *kernel_pointers(planes, scales), row if index is None else index, row if bias is None else bias)
+    arguments, constants = row_arguments(row, planes, scales, index, bias, settings, y)
 
     def run(choice: Settings) -> None:
         tiles, warps, registers = choice
         dynamic_decode_kernel[(triton.cdiv(count, 16 * tiles),)](
             *arguments,
-            y,
-            row.shape[1],
-            count,
-            NB=features // BLOCK,
-            **codes,
+            **constants,
             ACT_BITS=act_settings[0],
             ACT_HALF=act_settings[1],
-            EXPONENTS=scales[1].dim() == 1,
-            INDEXED=index is not None,
-            BIASED=bias is not None,
             TILES=tiles,
             WARPS=warps,
             num_warps=warps,
@@ -113,7 +104,7 @@ def dynamic_decode(
 
     turns = {warps: triton.cdiv(features, 4 * BLOCK * warps) for _, warps, _ in DECODE_SETTINGS}
     candidates = [each for each in DECODE_SETTINGS if each[0] * turns[each[1]] <= UNROLLED] or [(1, 16, 0)]
-    key = f"dynamic decode {count}x{features} {codes['R']} bits"
+    key = f"dynamic decode {count}x{features} {constants['R']} bits"
     with torch.cuda.device(row.device):
         run(settings_for(key, candidates, run, row.get_device()))
     return y
