@@ -22,6 +22,8 @@ is a CUDA graph, so that no time of the host counts. One row for each implementa
                                  max_autotune_gemm=True takes from templates
     coordinate_descent_tuning=True   products of one row, of dense weights, are sums that Inductor writes and tunes
 
+`--attention one_launch` computes the attention of one token, its rotary embedding and its cache in one kernel
+(decode_attention.py), for every implementation, in place of two batched products, a softmax and what is around them.
 `--fold` makes norms, residual sums and SwiGLU parts of the packed products (`bbb_ao.passes.fold_norms`); it compiles 8
 blocks, or as many as it names, as one function, and the sum and norm behind the last of them stay as they are.
 `--profile` also prints the kernels of one step by their time. Models are built on the GPU in seconds.
@@ -34,13 +36,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch._inductor.config
-from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b
+from decode_model import ATTENTIONS, IMPLEMENTATIONS, Decoder, build, llama_3_8b
 from environment import environment
 
 from bbb_ao.passes.fold_norms import FoldNorms
@@ -48,6 +51,49 @@ from bbb_ao.storage import footprint
 
 PROMPT, NEW_TOKENS = 256, 256
 TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the loop is compiled: blocks that are folded and compiled as one (0: none are), settings, attention."""
+
+    fold: int
+    inductor: dict[str, Any]
+    attention: str
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser, fold: int = 0, inductor: tuple[tuple[str, Any], ...] = ()) -> None:
+        """Options with these defaults; `--inductor` adds to its own."""
+        parser.add_argument("--fold", type=int, nargs="?", const=8, default=fold, metavar="BLOCKS")
+        parser.add_argument(
+            "--inductor", action="append", type=inductor_setting, default=list(inductor), metavar="KEY=VALUE"
+        )
+        parser.add_argument("--attention", choices=ATTENTIONS, default="products")
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "Way":
+        return cls(arguments.fold, dict(arguments.inductor), arguments.attention)
+
+
+def inductor_setting(text: str) -> tuple[str, Any]:
+    """("triton.enable_pdl", True) of "triton.enable_pdl=True"; for argparse.
+
+    Raises:
+        ArgumentTypeError: torch._inductor.config has no such setting, or the value is not of the type of its own.
+    """
+    key, given, value = text.partition("=")
+    known = torch._inductor.config.get_config_copy()
+    if not given or key not in known:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE with a key of torch._inductor.config, got {text!r}")
+    if isinstance(known[key], str):
+        return key, value
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{key}: expected a Python literal, got {value!r}") from None
+    if known[key] is not None and type(parsed) is not type(known[key]):
+        raise argparse.ArgumentTypeError(f"{key}: expected {type(known[key]).__name__}, got {value!r}")
+    return key, parsed
 
 
 def allocated() -> int:
@@ -93,37 +139,15 @@ def capture(call: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def inductor_setting(text: str) -> tuple[str, Any]:
-    """("triton.enable_pdl", True) of "triton.enable_pdl=True"; for argparse.
-
-    Raises:
-        ArgumentTypeError: torch._inductor.config has no such setting, or the value is not of the type of its own.
-    """
-    key, given, value = text.partition("=")
-    known = torch._inductor.config.get_config_copy()
-    if not given or key not in known:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE with a key of torch._inductor.config, got {text!r}")
-    if isinstance(known[key], str):
-        return key, value
-    try:
-        parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(f"{key}: expected a Python literal, got {value!r}") from None
-    if known[key] is not None and type(parsed) is not type(known[key]):
-        raise argparse.ArgumentTypeError(f"{key}: expected {type(known[key]).__name__}, got {value!r}")
-    return key, parsed
-
-
-def measure(
-    model: Any, batch: int, runs: int, seed: int, fold: int, inductor: dict[str, Any], profile: bool
-) -> dict[str, object]:
+def measure(model: Any, batch: int, runs: int, seed: int, way: Way, profile: bool) -> dict[str, object]:
     """Median and extremes of `runs` whole generations, after one that does not count."""
     torch._dynamo.reset()
     generator = torch.Generator("cuda").manual_seed(seed)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(0, vocabulary, (batch, PROMPT), device="cuda", generator=generator)
-    options = inductor | ({"post_grad_custom_pre_pass": FoldNorms()} if fold else {})
-    decoder = Decoder(model, prompt, NEW_TOKENS, compiled=True, options=options, span=max(1, fold))
+    options = way.inductor | ({"post_grad_custom_pre_pass": FoldNorms()} if way.fold else {})
+    span = max(1, way.fold)
+    decoder = Decoder(model, prompt, NEW_TOKENS, compiled=True, options=options, span=span, attention=way.attention)
     start = time.perf_counter()
     prefill, step = capture(decoder.prefill), capture(decoder.step)
     compiled = time.perf_counter() - start
@@ -186,25 +210,24 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inductor", action="append", type=inductor_setting, default=[], metavar="KEY=VALUE")
-    parser.add_argument("--fold", type=int, nargs="?", const=8, default=0, metavar="BLOCKS")
+    Way.add_options(parser)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("decode: expected an NVIDIA GPU, found none", file=sys.stderr)
         return 5
     rows: list[dict[str, object]] = []
-    inductor = dict(arguments.inductor)
+    way = Way.of(arguments)
     where = environment(arguments.seed)
     settings = {"prompt": PROMPT, "new_tokens": NEW_TOKENS, "layers": arguments.layers, "runs": arguments.runs}
-    settings |= {"inductor": inductor, "fold": arguments.fold, "own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
+    settings |= asdict(way) | {"own_pdl": os.environ.get("BBB_AO_PDL") != "off"}
     for impl in arguments.impl:
         start = time.perf_counter()
         model, size = build_measured(impl, arguments.layers, arguments.seed)
         built = time.perf_counter() - start
         print(f"{impl}: built in {built:.1f} s, {size['weight_bytes']:,} bytes, {size['bits_per_weight']:.3f} bits")
         for batch in arguments.batch:
-            row = measure(model, batch, arguments.runs, arguments.seed, arguments.fold, inductor, arguments.profile)
+            row = measure(model, batch, arguments.runs, arguments.seed, way, arguments.profile)
             print(
                 f"{impl:12} batch {batch:3}: {row['tokens_per_second']:9.1f} tokens/s "
                 f"({row['low']:.1f} to {row['high']:.1f}), steps alone {row['step_tokens_per_second']:9.1f}, "

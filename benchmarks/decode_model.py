@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from decode_attention import decode_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
@@ -28,7 +29,6 @@ IMPLEMENTATIONS: dict[str, tuple[int | None, int | None, int | None]] = {
     "w2a2": (2, 2, None),
     "w2a16_head8": (2, None, 8),
 }
-ATTENTION = "bbb_ao_decode"
 
 
 def llama_3_8b(layers: int = 32) -> LlamaConfig:
@@ -47,28 +47,50 @@ def llama_3_8b(layers: int = 32) -> LlamaConfig:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    position: Tensor | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a static cache: the flash kernel for a prompt, batched products for one token.
 
     Args:
         query: [batch, heads, tokens, head_dim]; key, value: [batch, key-value heads, length, head_dim].
-        attention_mask: bool [1, 1, 1, length] for one token, None for a prompt, which starts the cache.
+        position: int64 [1], the place of one token, which attends to those up to it; None for a prompt, which starts
+            the cache.
     Returns:
         [batch, tokens, heads, head_dim], None.
     """
     batch, heads, tokens, size = query.shape
-    if attention_mask is None:
+    if position is None:
         prompt = (query, key[:, :, :tokens], value[:, :, :tokens])
-        y = F.scaled_dot_product_attention(*prompt, is_causal=True, scale=settings["scaling"], enable_gqa=True)
+        y = F.scaled_dot_product_attention(*prompt, is_causal=True, scale=scaling, enable_gqa=True)
         return y.transpose(1, 2), None
-    # Heads that share keys and values are the rows of a product.
+    # Heads that share keys and values are the rows of a product. Inductor computes the mask within the softmax.
+    later = torch.arange(key.shape[2], device=key.device) > position
     scores = query.view(batch, key.shape[1], -1, size) @ key.transpose(-1, -2)
-    scores = (scores.float() * settings["scaling"]).masked_fill(~attention_mask, float("-inf"))
+    scores = (scores.float() * scaling).masked_fill(later, float("-inf"))
     return (scores.softmax(-1).to(value.dtype) @ value).view(batch, 1, heads, size), None
 
 
-AttentionInterface.register(ATTENTION, attention)
+# Of one token: two batched products and a softmax, or one kernel (decode_attention.py).
+ATTENTIONS = ("products", "one_launch")
+AttentionInterface.register("bbb_ao_products", attention)
+
+
+def attend_in_one_launch(
+    module: Any, normed: Tensor, rotary: tuple[Tensor, Tensor], cache: "LayerCache", position: Tensor
+) -> Tensor:
+    """What a Llama's attention module computes of one token, [batch, 1, hidden]; it changes the cache."""
+    shape = (*normed.shape[:2], -1, module.head_dim)
+    own = (project(normed).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj))
+    y = decode_attention(*own, *rotary, cache.keys, cache.values, position, module.scaling)
+    return module.o_proj(y.flatten(2))
 
 
 def build(config: LlamaConfig, impl: str, device: str, seed: int = 0) -> Any:
@@ -141,6 +163,7 @@ class Decoder:
     Args:
         compiled: whether both are compiled, with `options` for torch.compile.
         span: blocks of a step that are compiled as one function.
+        attention: of one token, one of `ATTENTIONS`.
     Attributes:
         prompt: int64 [batch, prompt tokens]; output: int64 [batch, prompt + new tokens], of which `prefill` writes the
             first new token and each `step` the next one.
@@ -154,9 +177,10 @@ class Decoder:
         compiled: bool,
         options: dict[str, Any] | None = None,
         span: int = 1,
+        attention: str = "products",
     ) -> None:
-        self.model, self.prompt, self.span = model, prompt, span
-        model.config._attn_implementation = ATTENTION
+        self.model, self.prompt, self.span, self.attention = model, prompt, span, attention
+        model.config._attn_implementation = "bbb_ao_products"
         batch, tokens = prompt.shape
         length, device = tokens + new_tokens, prompt.device
         self.output = torch.zeros(batch, length, dtype=torch.int64, device=device)
@@ -191,13 +215,14 @@ class Decoder:
     def step(self) -> None:
         """Read the last token and choose the next one."""
         state = self.start(self.model.model, self.norms[0], self.token, self.position)
-        self._finish(self.span, state, self.places, self.caches)
+        self._finish(self.span, state, self.position, self.caches)
 
-    def _finish(self, span: int, state: tuple, places: Tensor | None, caches: list) -> None:
+    def _finish(self, span: int, state: tuple, position: Tensor | None, caches: list) -> None:
         hidden, normed, rotary = state
         parts = list(zip(self.model.model.layers, self.norms[1:], caches, strict=True))
         for first in range(0, len(parts), span):
-            hidden, normed = self.blocks(parts[first : first + span], hidden, normed, rotary, places)
+            taken = parts[first : first + span]
+            hidden, normed = self.blocks(taken, hidden, normed, rotary, position, self.attention == "one_launch")
         self.tail(self.model.lm_head, normed[:, -1:], self.token, self.output, self.position)
 
 
@@ -220,20 +245,30 @@ def rotary_parts(embedding: Any, position: Tensor, dtype: torch.dtype) -> tuple[
 
 
 def run_blocks(
-    parts: list[tuple[Any, nn.Module, LayerCache]], hidden: Tensor, normed: Tensor, rotary: tuple, places: Tensor | None
+    parts: list[tuple[Any, nn.Module, LayerCache]],
+    hidden: Tensor,
+    normed: Tensor,
+    rotary: tuple,
+    position: Tensor | None,
+    one_launch: bool,
 ) -> tuple[Tensor, Tensor]:
     """Decoder blocks, each with the norm behind it.
 
     Args:
         normed: the first block's own first norm of `hidden`.
-        places: int64 [length] for one token, which attends to those up to its own; None for a prompt. The mask is made
-            here, where Inductor computes it inside the softmax.
+        position: int64 [1], of one token; None for a prompt.
     """
-    mask = None if places is None else (places <= parts[0][2].position).view(1, 1, 1, -1)
     for module, norm, cache in parts:
-        attended, _ = module.self_attn(
-            hidden_states=normed, position_embeddings=rotary, attention_mask=mask, past_key_values=cache
-        )
+        if one_launch and position is not None:
+            attended = attend_in_one_launch(module.self_attn, normed, rotary, cache, position)
+        else:
+            attended, _ = module.self_attn(
+                hidden_states=normed,
+                position_embeddings=rotary,
+                attention_mask=None,
+                past_key_values=cache,
+                position=position,
+            )
         hidden = hidden + attended
         hidden = hidden + module.mlp(module.post_attention_layernorm(hidden))
         normed = norm(hidden)

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import decode
@@ -43,10 +44,7 @@ class Choices:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impl", default="w2a16", choices=[name for name in decode.IMPLEMENTATIONS if name != "bf16"])
-    parser.add_argument("--fold", type=int, default=8, metavar="BLOCKS", help="as in decode.py; 0 for none")
-    parser.add_argument(
-        "--inductor", action="append", type=decode.inductor_setting, default=list(INDUCTOR), metavar="KEY=VALUE"
-    )
+    decode.Way.add_options(parser, fold=8, inductor=INDUCTOR)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no further run is begun after these")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -56,8 +54,7 @@ def main() -> int:
         print("decode_settings: expected an NVIDIA GPU, found none", file=sys.stderr)
         return 5
     begun, choices = time.monotonic(), Choices()
-    fold, inductor, where = arguments.fold, dict(arguments.inductor), environment(arguments.seed)
-    settings = {"impl": arguments.impl, "fold": fold, "inductor": inductor}
+    way, where = decode.Way.of(arguments), environment(arguments.seed)
     launch.settings_for = choices
     model, _ = decode.build_measured(arguments.impl, LAYERS, arguments.seed)
     rows: list[dict[str, object]] = []
@@ -66,9 +63,9 @@ def main() -> int:
         """Tokens a second of the steps with a change."""
         kept = dict(choices.chosen)
         choices.chosen = kept | changed
-        row = decode.measure(model, 1, arguments.runs, arguments.seed, fold, inductor, profile=False)
+        row = decode.measure(model, 1, arguments.runs, arguments.seed, way, profile=False)
         choices.chosen = kept
-        rows.append({**settings, "changed": changed, "kept": kept, **row, **where})
+        rows.append({"impl": arguments.impl, **asdict(way), "changed": changed, "kept": kept, **row, **where})
         arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         print(f"{row['step_tokens_per_second']:8.1f} tokens/s  {changed}", flush=True)
         return float(str(row["step_tokens_per_second"]))

@@ -64,6 +64,15 @@ def test_compiled_decoder_has_three_graphs_for_the_prompt_and_three_for_a_step()
     assert len(graphs) == 6
 
 
+def test_attention_in_one_launch_gives_the_same_tokens() -> None:
+    model = build(tiny(), "w2a16", "cpu").float()
+    prompt = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = decode(Decoder(model, prompt, NEW, compiled=False))
+    decoder = Decoder(model, prompt, NEW, compiled=False, span=2, attention="one_launch")
+    for _ in range(2):
+        assert torch.equal(decode(decoder), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotary_parts_are_those_of_transformers(dtype: torch.dtype) -> None:
     model = build(tiny(), "bf16", "cpu").model
