@@ -25,9 +25,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyrigh
 from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.packed_linear.counts import zeroed_counts
 
-TILES = 16  # for a head: with eight heads a program for nearly every multiprocessor of an H200
+# For a head, and for a program: with 4, 8 or 32 tiles, or 4 or 8 warps, decoding took longer on an H200 (LOG.md).
+TILES, WARPS = 16, 2
 SMALLEST_TILE, LARGEST_TILE = 16, 128
-WARPS = 4
 
 
 @triton.jit
