@@ -6,7 +6,8 @@ Each case is a model and a recipe, run by the training engine in a process of it
 libraries. `predicted_bytes` is what `bbb-ao plan` says. `measured_bytes` is, on a GPU, torch.cuda.max_memory_allocated,
 and on a CPU, the peak of resident memory above that before the model was loaded, with all that is freed returned to the
 system at once (Linux alone). `8b` is two decoder blocks of Llama-3-8B's shape with random weights and a small
-vocabulary; it is left out on a CPU, `testbed` without its directory. One flat row a phase.
+vocabulary, `8b_head` the same with all of its vocabulary; both are left out on a CPU, `testbed` without its directory.
+One flat row a phase.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from bbb_ao.recipes.stages import Recipe
 
 DEMO = Path(__file__).parent.parent / "bbb_ao" / "demo" / "model"
 SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+VOCABULARIES = {"8b": 1024, "8b_head": 128256}
 SMALL = ("sequences=8", "stages.*.epochs=0.5")
 LONG = ("sequences=32", "sequence_length=2048", "stages.*.epochs=1", "stages.*.batch_size=1")
 DISTILL = ("stages.2.scope=model", "stages.0.epochs=0", "stages.1.epochs=0")
@@ -55,13 +57,16 @@ CASES: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
     "testbed": [
         ("smoke, 32 sequences", "smoke", ("sequences=32", "stages.*.epochs=0.1")),
         ("smoke, 8 sequences", "smoke", SMALL),
+        ("w2a16_light, 8 sequences", "w2a16_light", SMALL),
     ],
     "8b": [
         ("smoke", "smoke", LONG),
         ("smoke, micro-batches", "smoke", (*LONG, "stages.*.batch_size=4", "stages.*.epochs=4", "micro_batch=2")),
-        ("w2a2", "w2a2_light", LONG),
+        ("w2a2", "w2a2_light", (*LONG, "generated=2")),
         ("end to end", "smoke", (*LONG, *DISTILL)),
     ],
+    # Logits of the last block's loss.
+    "8b_head": [("w2a16_light", "w2a16_light", LONG)],
 }
 
 
@@ -160,12 +165,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     where = {**environment(arguments.seed), "kind": device.type}
     with tempfile.TemporaryDirectory() as shape:
-        AutoConfig.for_model(
-            "llama", **SHAPE_8B, num_hidden_layers=2, vocab_size=1024, dtype="bfloat16"
-        ).save_pretrained(shape)
-        directories = {"demo": DEMO, "testbed": arguments.testbed, "8b": shape if device.type == "cuda" else None}
+        directories = {"demo": DEMO, "testbed": arguments.testbed}
+        for model, vocabulary in VOCABULARIES.items() if device.type == "cuda" else ():
+            directories[model] = Path(shape) / model
+            config = AutoConfig.for_model(
+                "llama", **SHAPE_8B, num_hidden_layers=2, vocab_size=vocabulary, dtype="bfloat16"
+            )
+            config.save_pretrained(directories[model])
         for model in arguments.models:
-            for case in range(len(CASES[model])) if directories[model] else ():
+            for case in range(len(CASES[model])) if directories.get(model) else ():
                 options = ["--device", device.type, "--seed", str(arguments.seed)]
                 command = [sys.executable, __file__, *options, "--case", str(directories[model]), model, str(case)]
                 # glibc raises the size from which memory is returned at once, unless it is set.
