@@ -139,7 +139,7 @@ def measure(directory: Path, model: str, case: int, device: torch.device, seed: 
     found = run(directory, recipe, device)
     rows = []
     for phase, measured in found.items():
-        parts = ("generate", "verify", "norms") if phase == "prepare" else (phase,)
+        parts = ("generate", "verify", "norms", "errors") if phase == "prepare" else (phase,)
         both = [predicted[part] for part in parts if part in predicted]
         expected = max(each.device_bytes if device.type == "cuda" else each.host_bytes for each in both)
         if expected:

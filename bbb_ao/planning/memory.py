@@ -1,6 +1,6 @@
 """Peak memory of a run, as an explicit sum; docs/plan.md has the formula.
 
-A run has phases: preparation in up to three steps, every stage, packing. In each, the device holds the sum of its
+A run has phases: preparation in up to four steps, every stage, packing. In each, the device holds the sum of its
 device terms and the host that of its host terms; on a CPU the host holds both. Everything is in bytes and depends on
 shapes alone. Activations are traced (see `trace`); all other terms count tensors.
 """
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from bbb_ao.passes import block_linears, find_blocks
 from bbb_ao.planning.job import Job, float32_bytes, tensor_bytes
-from bbb_ao.planning.trace import model_step_bytes, norms_bytes, shortened, step_bytes
+from bbb_ao.planning.trace import errors_bytes, model_step_bytes, norms_bytes, shortened, step_bytes
 from bbb_ao.qat_linear import qat_linears
 from bbb_ao.recipes.blockwise import STREAM_BUDGET, stream_widths
 from bbb_ao.recipes.head import Head
@@ -22,6 +22,7 @@ from bbb_ao.recipes.optimization import stream_dtype
 from bbb_ao.recipes.prepare import reads_activations
 from bbb_ao.recipes.skeleton import trained_bytes
 from bbb_ao.recipes.stages import Stage
+from bbb_ao.recipes.statistics import PROBE_SEQUENCES
 
 # Sequences written at a time, as `generate_sequences` does.
 GENERATION_BATCH = 64
@@ -36,7 +37,7 @@ class Phase:
     """Memory at the worst moment of one phase of a run, term by term, in bytes.
 
     Attributes:
-        name: "generate", "verify", "norms", a stage's number and name, or "pack".
+        name: "generate", "verify", "norms", "errors", a stage's number and name, or "pack".
         device: terms on the device that trains; none on a CPU, where they are the host's.
         host: terms in the CPU's memory.
         disk: in the folder for temporary files.
@@ -62,6 +63,7 @@ def phases(job: Job) -> list[Phase]:
     found.append(verification(job))
     if reads_activations(job.recipe):
         found.append(activations(job))
+    found.append(errors(job))
     for number, stage in enumerate(job.recipe.stages):
         if stage.epochs:
             found.append((block_stage if stage.scope == "block" else model_stage)(job, number))
@@ -105,6 +107,22 @@ def activations(job: Job) -> Phase:
     forward = norms_bytes(block, job.calls[job.largest], shape, job.device)
     device = {"teacher": teacher_blocks(job, 1), "forward": forward}
     return _phase(job, "norms", device | workspaces(job, 1), models(job), 1 + (kept_streams(job) or 2))
+
+
+def errors(job: Job) -> Phase:
+    """A full-precision block and the student's, one sequence at a time, for the errors of a layer's outputs."""
+    rows, last = min(PROBE_SEQUENCES, job.block_sequences), job.recipe.stages[-1]
+    shape = (1, job.recipe.sequence_length, job.hidden)
+    teacher = copy.deepcopy(find_blocks(job.model)[job.largest][1]).float()
+    widths, call = (job.recipe.default_bits, last.act_bits), job.calls[job.largest]
+    device = {
+        "teacher": teacher_blocks(job, 1),
+        "batch": 2 * rows * job.recipe.sequence_length * job.hidden * 4,
+        "forward": errors_bytes(teacher, job.blocks[job.largest], call, widths, shape, job.device),
+    }
+    if not job.on_cpu:
+        device |= {"masters": tensor_bytes(job.blocks[job.largest]), "calls": calls(job)} | workspaces(job, 1)
+    return _phase(job, "errors", device, models(job), 1 + kept_streams(job))
 
 
 def block_stage(job: Job, number: int) -> Phase:

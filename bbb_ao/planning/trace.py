@@ -22,6 +22,7 @@ from bbb_ao.recipes.optimization import autocast, stream_dtype
 from bbb_ao.recipes.prepare import squares_of
 from bbb_ao.recipes.skeleton import Answered, training
 from bbb_ao.recipes.stages import Recipe, Stage
+from bbb_ao.recipes.statistics import compared
 from bbb_ao.recipes.streams import BlockCall
 
 
@@ -153,6 +154,33 @@ def norms_bytes(block: nn.Module, call: BlockCall, shape: tuple[int, int, int], 
 
 def _square(linear: nn.Module, args: tuple[Any, ...]) -> None:
     squares_of(args[0])
+
+
+def errors_bytes(
+    teacher: nn.Module,
+    block: nn.Module,
+    call: BlockCall,
+    widths: tuple[int, int | None],
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> int:
+    """A forward pass of a full-precision block and of the student's, every output compared; see `layer_errors`.
+
+    Args:
+        teacher, block: on the meta device, float32.
+        widths: of weights and activations.
+        shape: [1, tokens, hidden].
+    """
+    with without_values(), torch.no_grad():
+        exact, student = materialize(teacher, device).eval(), materialize(block, device).eval()
+        call, states = materialize_call(call, device), torch.empty(shape, device=device)
+        set_training_bits(student, *widths)
+
+        def run() -> Any:
+            with compared(exact, student), autocast(device):
+                return call(exact, states).float(), call(student, states).float()
+
+        return peak_bytes(run, [_tensors(exact), _tensors(student), call.args, call.kwargs, states])
 
 
 def model_step_bytes(

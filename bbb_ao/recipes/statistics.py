@@ -1,6 +1,7 @@
 """What a log says of layers and channels: errors of outputs, and how far channels stand out; see docs/report.md."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -132,31 +133,40 @@ def layer_errors(run: "BlockRun", student: nn.Module) -> dict[str, float]:
     for number, name in enumerate(run.names):
         teacher = working_copy(run.teacher_blocks[number], run.device)
         block = student.get_submodule(name).to(run.device)
-        outputs: dict[str, Tensor] = {}
-
-        def keep(module: nn.Module, args: tuple, y: Tensor, key: str, outputs: dict[str, Tensor] = outputs) -> None:
-            outputs[key] = y.float()
-
-        def compare(module: nn.Module, args: tuple, y: Tensor, key: str, outputs: dict[str, Tensor] = outputs) -> None:
-            exact = outputs.pop(key, None)
-            # Rows that are duplicated for a consumer follow the original ones.
-            if exact is not None and exact.shape[:-1] == y.shape[:-1]:
-                difference = y[..., : exact.shape[-1]].float() - exact
-                sums = torch.stack([difference.square().double().sum(), exact.square().double().sum()])
-                totals[key] = totals[key] + sums if key in totals else sums
-
-        handles = []
-        for layer, linear in qat_linears(block).items():
-            key = f"{name}.{layer}"
-            handles += [
-                teacher.get_submodule(layer).register_forward_hook(partial(keep, key=key)),
-                linear.register_forward_hook(partial(compare, key=key)),
-            ]
-        for row in rows:
-            exact[row] = run.run(run.calls[number], teacher, exact[row])
-            quantized[row] = run.run(run.calls[number], block, quantized[row])
-        for handle in handles:
-            handle.remove()
+        with compared(teacher, block) as sums:
+            for row in rows:
+                exact[row] = run.run(run.calls[number], teacher, exact[row])
+                quantized[row] = run.run(run.calls[number], block, quantized[row])
+        totals |= {f"{name}.{layer}": pair for layer, pair in sums.items()}
         block.to("cpu")
     values = {key: pair.tolist() for key, pair in totals.items()}
     return {key: float(f"{error / norm:.4g}") for key, (error, norm) in values.items() if norm > 0}
+
+
+@contextmanager
+def compared(teacher: nn.Module, block: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While it is open, each pass of `teacher` and then of `block` adds to what is given.
+
+    Yields:
+        Name of a quantized Linear in the block -> [sum((y_q - y)**2), sum(y**2)], float64.
+    """
+    sums: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple, y: Tensor, layer: str) -> None:
+        outputs[layer] = y.float()
+
+    def compare(module: nn.Module, args: tuple, y: Tensor, layer: str) -> None:
+        exact = outputs.pop(layer, None)
+        # Rows that are duplicated for a consumer follow the original ones.
+        if exact is not None and exact.shape[:-1] == y.shape[:-1]:
+            difference = y[..., : exact.shape[-1]].float() - exact
+            pair = torch.stack([difference.square().double().sum(), exact.square().double().sum()])
+            sums[layer] = sums[layer] + pair if layer in sums else pair
+
+    with ExitStack() as handles:
+        for layer, linear in qat_linears(block).items():
+            exact_linear = teacher.get_submodule(layer)
+            handles.enter_context(exact_linear.register_forward_hook(partial(keep, layer=layer)))
+            handles.enter_context(linear.register_forward_hook(partial(compare, layer=layer)))
+        yield sums

@@ -1,5 +1,6 @@
 """Terms of the memory's sum against what the training engine really holds."""
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -14,12 +15,14 @@ from bbb_ao.planning import memory
 from bbb_ao.planning.job import Job
 from bbb_ao.planning.live_bytes import LiveBytes, peak_bytes
 from bbb_ao.planning.trace import materialize, materialize_call, step_bytes, step_loss
+from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes import blockwise
 from bbb_ao.recipes.compress import train
 from bbb_ao.recipes.optimization import TailAverage, make_optimizer
-from bbb_ao.recipes.prepare import activation_norms
+from bbb_ao.recipes.prepare import activation_norms, prepare_student
 from bbb_ao.recipes.skeleton import build_skeleton, trained_bytes, training
 from bbb_ao.recipes.stages import Split, Stage
+from bbb_ao.recipes.statistics import layer_errors
 from bbb_ao.recipes.streams import Stream
 
 CPU = torch.device("cpu")
@@ -108,6 +111,25 @@ def test_norms_hold_what_a_real_pass_does(make_directory, make_model, make_recip
     assert live.peak == pytest.approx(
         terms["teacher"] + terms["forward"] + terms["streams"] - run.entry.bytes, rel=0.02
     )
+
+
+@pytest.mark.parametrize("act_bits", [None, 4])
+def test_errors_hold_what_a_real_pass_does(act_bits, make_directory, make_model, make_recipe) -> None:
+    # Nothing is trained, so that no stage takes more.
+    recipe = make_recipe(sequence_length=128, stages=(Stage(weight_bits=2, act_bits=act_bits, epochs=0),))
+    job = Job.prepare(build_skeleton(make_directory("llama")), recipe, CPU)
+    model = make_model("llama")
+    run = blockwise.BlockRun(model, torch.randint(100, (recipe.sequences, recipe.sequence_length)), recipe, CPU)
+    student = copy.deepcopy(model).float()
+    prepare_student(student, recipe, run)
+    set_training_bits(student, recipe.default_bits, act_bits)
+    known = [[*part.parameters(), *part.buffers()] for part in (model, student)]
+    with LiveBytes([*known, run.entry.states, [vars(call) for call in run.calls]]) as live:
+        layer_errors(run, student)
+    terms = memory.errors(job).host
+    expected = terms["teacher"] + terms["batch"] + terms["forward"]
+    assert live.peak == pytest.approx(expected, rel=0.05)
+    assert [phase.name for phase in memory.phases(job)] == ["verify", "norms", "errors", "pack"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
