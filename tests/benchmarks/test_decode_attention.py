@@ -34,6 +34,7 @@ def expected_cache(operands: list[torch.Tensor], position: int) -> tuple[torch.T
     return turned, keys, values
 
 
+@pytest.mark.memcheck
 @pytest.mark.parametrize(
     ("batch", "heads", "groups", "length", "size", "position"),
     [
