@@ -55,7 +55,13 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Way:
-    """How the loop is compiled: blocks that are folded and compiled as one (0: none are), settings, attention."""
+    """How the decoding loop is compiled.
+
+    Attributes:
+        fold: blocks that are folded and compiled as one function; 0 folds none.
+        inductor: settings of torch._inductor.config.
+        attention: of one token, one of `ATTENTIONS`.
+    """
 
     fold: int
     inductor: dict[str, Any]
@@ -72,6 +78,7 @@ class Way:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Way":
+        """What the options of `add_options` say."""
         return cls(arguments.fold, dict(arguments.inductor), arguments.attention)
 
 

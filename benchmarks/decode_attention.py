@@ -6,8 +6,8 @@
     y = sum_t exp(m_t - m) y_t / sum_t exp(m_t - m) l_t                         m = max m_t
 
 Each program takes one key-value head, with all query heads that share it, and a tile of places up to the position; that
-of the position stores the new key and value. The program of a head that ends last adds the tiles up. Products take
-16-bit operands and add in float32, as the batched products do that it stands for.
+of the position stores the new key and value. The program of a head that ends last adds the tiles up. Products of
+16-bit operands add in float32, as the batched products do that it stands for.
 
 Position, and keys and values of earlier places, were written in steps before, so that they are read before the launches
 before this one are complete (`bbb_ao.kernels.dependent_launch`). So a graph must hold no more than one step.
@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyrigh
 from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.packed_linear.counts import zeroed_counts
 
-# For a head, and for a program: with 4, 8 or 32 tiles, or 4 or 8 warps, decoding took longer on an H200 (LOG.md).
+# For a head, and for a program: the fastest of 12 pairs from 4 to 32 and from 1 to 8 on an H200, 4 and 8 within 0.3 %.
 TILES, WARPS = 16, 2
 SMALLEST_TILE, LARGEST_TILE = 16, 128
 
@@ -108,7 +108,7 @@ def decode_attention_kernel(
         tl.store(shares_ptr + after + part * HEADS + head, tl.sum(weights, 1), mask=own)
         # All threads have written before one of them counts.
         tl.debug_barrier()
-        used = position // TILE + 1
+        used = tl.minimum(position // TILE + 1, TILES)
         if tl.atomic_add(counts_ptr + pair, 1) == used - 1:
             _add_tiles(sums_ptr, shares_ptr, out_ptr, pair, used, after, HEADS, SIZE, TILES)
             tl.store(counts_ptr + pair, 0)
@@ -151,27 +151,36 @@ def decode_attention(
         key, value: [batch, 1, key-value heads, head_dim], for 1, 2, 4, 8 or 16 heads each.
         cosine, sine: [1, 1, head_dim], of the rotary embedding.
         keys, values: contiguous [batch, key-value heads, length, head_dim], length at most 2,048. Written at the place.
-        position: int64 [1], the place of the token.
+        position: int64 [1], the place of the token, below length; it is on the device, so that it is not checked.
     Returns:
         [batch, 1, heads, head_dim].
     Raises:
         ValueError: another shape, heads of a token that lie apart, or a cache that is not contiguous.
     """
-    batch, tokens, heads, size = query.shape
+    batch, _, heads, size = query.shape
     groups, length = keys.shape[1:3]
     tile = max(SMALLEST_TILE, triton.next_power_of_2(-(-length // TILES)))
     shared = heads // groups
-    fits = tokens == 1 and heads == shared * groups and shared in (1, 2, 4, 8, 16) and tile <= LARGEST_TILE
-    apart = any(each.stride()[2:] != (size, 1) for each in (query, key, value))
-    if (
-        not fits
-        or apart
-        or triton.next_power_of_2(size) != size
-        or not (keys.is_contiguous() and values.is_contiguous())
-    ):
+    expected = {
+        "query": (query, (batch, 1, shared * groups, size)),
+        "key": (key, (batch, 1, groups, size)),
+        "value": (value, (batch, 1, groups, size)),
+        "cosine": (cosine, (1, 1, size)),
+        "sine": (sine, (1, 1, size)),
+        "keys": (keys, (batch, groups, length, size)),
+        "values": (values, (batch, groups, length, size)),
+        "position": (position, (1,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape} beside the others, got {tuple(tensor.shape)}")
+        together = tensor.stride()[2:] == (size, 1) if name in ("query", "key", "value") else tensor.is_contiguous()
+        if not together:
+            raise ValueError(f"{name}: expected contiguous heads, got strides {tensor.stride()}")
+    if shared not in (1, 2, 4, 8, 16) or triton.next_power_of_2(size) != size or tile > LARGEST_TILE:
         raise ValueError(
-            f"attention: expected one token, 1 to 16 heads for each of contiguous keys and at most "
-            f"{TILES * LARGEST_TILE} places, got query {tuple(query.shape)} and keys {tuple(keys.shape)}"
+            f"attention: expected 1, 2, 4, 8 or 16 heads for each of keys, head_dim a power of two and at most "
+            f"{TILES * LARGEST_TILE} places, got {shared} heads, head_dim {size} and {length} places"
         )
     pairs, out = batch * groups, torch.empty_like(query, memory_format=torch.contiguous_format)
     sums = query.new_empty(pairs * TILES * shared * size, dtype=torch.float32)

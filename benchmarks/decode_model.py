@@ -86,7 +86,11 @@ AttentionInterface.register("bbb_ao_products", attention)
 def attend_in_one_launch(
     module: Any, normed: Tensor, rotary: tuple[Tensor, Tensor], cache: "LayerCache", position: Tensor
 ) -> Tensor:
-    """What a Llama's attention module computes of one token, [batch, 1, hidden]; it changes the cache."""
+    """What a Llama's attention module computes of one token, [batch, 1, hidden]; it changes the cache.
+
+    Args:
+        normed: [batch, 1, hidden]; rotary: cosines and sines, [1, 1, head_dim]; position: int64 [1].
+    """
     shape = (*normed.shape[:2], -1, module.head_dim)
     own = (project(normed).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj))
     y = decode_attention(*own, *rotary, cache.keys, cache.values, position, module.scaling)
@@ -164,6 +168,8 @@ class Decoder:
         compiled: whether both are compiled, with `options` for torch.compile.
         span: blocks of a step that are compiled as one function.
         attention: of one token, one of `ATTENTIONS`.
+    Raises:
+        ValueError: another attention.
     Attributes:
         prompt: int64 [batch, prompt tokens]; output: int64 [batch, prompt + new tokens], of which `prefill` writes the
             first new token and each `step` the next one.
@@ -179,6 +185,8 @@ class Decoder:
         span: int = 1,
         attention: str = "products",
     ) -> None:
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
         self.model, self.prompt, self.span, self.attention = model, prompt, span, attention
         model.config._attn_implementation = "bbb_ao_products"
         batch, tokens = prompt.shape
@@ -257,6 +265,7 @@ def run_blocks(
     Args:
         normed: the first block's own first norm of `hidden`.
         position: int64 [1], of one token; None for a prompt.
+        one_launch: whether one token's attention is one kernel.
     """
     for module, norm, cache in parts:
         if one_launch and position is not None:

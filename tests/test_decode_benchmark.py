@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
+pytest.importorskip("triton", reason="the loop imports the attention kernel of its one_launch")
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import decode as benchmark
 from decode_model import IMPLEMENTATIONS, Decoder, build, llama_3_8b, rotary_parts
@@ -64,6 +65,7 @@ def test_compiled_decoder_has_three_graphs_for_the_prompt_and_three_for_a_step()
     assert len(graphs) == 6
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs kernels on a CPU only where there is no GPU")
 def test_attention_in_one_launch_gives_the_same_tokens() -> None:
     model = build(tiny(), "w2a16", "cpu").float()
     prompt = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -71,6 +73,11 @@ def test_attention_in_one_launch_gives_the_same_tokens() -> None:
     decoder = Decoder(model, prompt, NEW, compiled=False, span=2, attention="one_launch")
     for _ in range(2):
         assert torch.equal(decode(decoder), expected)
+
+
+def test_an_unknown_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention: expected one of products, one_launch, got 'flash'"):
+        Decoder(build(tiny(), "bf16", "cpu"), torch.zeros(1, 3, dtype=torch.int64), NEW, False, attention="flash")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

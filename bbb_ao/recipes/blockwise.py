@@ -42,9 +42,11 @@ class BlockRun:
         names, teacher_blocks, calls: of the decoder blocks, in order.
         entry: the stream that enters the first block.
         memory: how much of it runs at once, and where streams are kept.
-        head: what stands behind its blocks; a recipe with `logits` needs it.
+        head: what stands behind its blocks, for a recipe with `logits` alone.
         kept: the full-precision stream behind each block, kept for the next stage where all of them fit into
             STREAM_BUDGET; it is the same in every stage.
+    Raises:
+        ValueError: a head without `logits`, or none with it.
     """
 
     teacher: nn.Module
@@ -56,6 +58,8 @@ class BlockRun:
     head: Head | None = None
 
     def __post_init__(self) -> None:
+        if (self.head is None) != (not self.recipe.logits):
+            raise ValueError("head: expected what stands behind the blocks, where the recipe has logits, and else None")
         blocks = find_blocks(self.teacher)
         self.names = [name for name, _ in blocks]
         self.teacher_blocks = [block for _, block in blocks]
@@ -204,8 +208,7 @@ class Teachers:
                 leaving = run.behind(ahead, self.stream, block)
                 self.targets[ahead] = Target(partial(run.run, run.calls[ahead], block), self.stream, leaving)
                 self.stream = leaving
-        if run.recipe.logits and self.head is None and number + run.recipe.lookahead > last:
-            assert run.head is not None, "a recipe with logits comes with a head"
+        if run.head is not None and self.head is None and number + run.recipe.lookahead > last:
             self.head = partial(run.logits, working_copy(run.head, run.device))
         return [self.targets[ahead] for ahead in range(number, last + 1)]
 

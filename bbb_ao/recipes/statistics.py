@@ -123,8 +123,8 @@ def layer_errors(run: "BlockRun", student: nn.Module) -> dict[str, float]:
     Args:
         student: the prepared model, on the CPU, at the widths to measure.
     Returns:
-        4 significant digits. A layer that the tokens do not reach, or other tokens than in the full-precision model
-        (an expert), is left out.
+        4 significant digits. A layer that no tokens reach, or another number of tokens than in the full-precision
+        model (an expert), is left out.
     """
     totals: dict[str, Tensor] = {}
     rows = range(min(PROBE_SEQUENCES, len(run.sequences)))
@@ -139,13 +139,15 @@ def layer_errors(run: "BlockRun", student: nn.Module) -> dict[str, float]:
                 quantized[row] = run.run(run.calls[number], block, quantized[row])
         totals |= {f"{name}.{layer}": pair for layer, pair in sums.items()}
         block.to("cpu")
+        # Not beside the next one.
+        del teacher
     values = {key: pair.tolist() for key, pair in totals.items()}
     return {key: float(f"{error / norm:.4g}") for key, (error, norm) in values.items() if norm > 0}
 
 
 @contextmanager
 def compared(teacher: nn.Module, block: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While it is open, each pass of `teacher` and then of `block` adds to what is given.
+    """While it is open, each pass of `teacher` and then of `block` adds to the mapping that it yields.
 
     Yields:
         Name of a quantized Linear in the block -> [sum((y_q - y)**2), sum(y**2)], float64.
@@ -164,7 +166,12 @@ def compared(teacher: nn.Module, block: nn.Module) -> Iterator[dict[str, Tensor]
             pair = torch.stack([difference.square().double().sum(), exact.square().double().sum()])
             sums[layer] = sums[layer] + pair if layer in sums else pair
 
+    def begin(module: nn.Module, args: tuple) -> None:
+        # Of an expert that the student's tokens did not reach.
+        outputs.clear()
+
     with ExitStack() as handles:
+        handles.enter_context(teacher.register_forward_pre_hook(begin))
         for layer, linear in qat_linears(block).items():
             exact_linear = teacher.get_submodule(layer)
             handles.enter_context(exact_linear.register_forward_hook(partial(keep, layer=layer)))

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
+from bbb_ao import bitbybit_qat, quantize_
 from bbb_ao.qat_linear import set_training_bits
 from bbb_ao.recipes.blockwise import BlockRun
 from bbb_ao.recipes.prepare import prepare_student
 from bbb_ao.recipes.stages import Split
-from bbb_ao.recipes.statistics import PROBE_SEQUENCES, layer_errors
+from bbb_ao.recipes.statistics import PROBE_SEQUENCES, compared, layer_errors
 
 CPU = torch.device("cpu")
 
@@ -62,6 +64,26 @@ def test_errors_are_those_of_the_outputs(prepare):
         assert found[name] == pytest.approx(expected.item(), rel=2e-3), name
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert [len(module._forward_hooks) for module in student.modules()] == hooks
+
+
+def test_an_output_that_the_student_lacks_is_not_compared_later(prepare):
+    class Expert(nn.Module):
+        """Runs its Linear where its input is positive."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(x) if bool(x.sum() > 0) else x
+
+    linear = nn.Linear(32, 32)
+    teacher, student = Expert(linear), Expert(copy.deepcopy(linear))
+    quantize_(student, bitbybit_qat(bits=8))
+    with compared(teacher, student) as sums, torch.no_grad():
+        teacher(torch.ones(4, 32)), student(-torch.ones(4, 32))
+        teacher(-torch.ones(4, 32)), student(2 * torch.ones(4, 32))
+    assert sums == {}
 
 
 def test_wider_codes_have_smaller_errors(prepare):
