@@ -150,7 +150,7 @@ def build_packed_modules(model: nn.Module, config: BitByBitConfig) -> None:
 def _place_packed(model: nn.Module, name: str, shape: dict[str, Any], grid: Grid) -> None:
     linear: Any = _submodule(model, name)
     sizes = [shape["in_features"], shape["out_features"]]
-    if type(linear) is not nn.Linear or [linear.in_features, linear.out_features] != sizes:
+    if not isinstance(linear, nn.Linear) or [linear.in_features, linear.out_features] != sizes:
         raise ValueError(f"sizes {sizes} for {linear!r:.80}")
     index_source = shape.pop("index_source")
     bias_dtype = linear.weight.dtype if shape.pop("bias") else None

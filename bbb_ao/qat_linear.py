@@ -241,6 +241,29 @@ def set_training_bits(module: nn.Module, bits: int | None, act_bits: int | None 
         linear.set_bits(bits, act_bits)
 
 
+def is_plain_linear(linear: nn.Linear) -> bool:
+    """Whether a call gives x @ weight^T + bias and nothing else.
+
+    A subclass may write that in another way (Falcon's) or compute something else (a router, which gives a tuple): it is
+    called with one row, and on the meta device only the shape tells.
+    """
+    if isinstance(linear, QATLinear):
+        return False
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    weight = linear.weight
+    x = torch.linspace(-1, 1, linear.in_features, dtype=weight.dtype, device=weight.device).unsqueeze(0)
+    with torch.no_grad():
+        expected = F.linear(x, weight, linear.bias)
+        try:
+            y = linear(x)
+        except Exception:  # noqa: BLE001  what it takes is its own affair
+            return False
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    return y.is_meta or bool((y - expected).abs().max() <= 16 * torch.finfo(weight.dtype).eps * expected.abs().max())
+
+
 def become(module: nn.Module, other: nn.Module) -> nn.Module:
     """Turn `module` into `other` in place, hooks kept, so that every reference to it (a root's too) sees the change.
 

@@ -13,7 +13,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from bbb_ao.grid import Grid, check_bits
 from bbb_ao.packed_linear import PackedLinear
-from bbb_ao.qat_linear import QATLinear, become
+from bbb_ao.qat_linear import QATLinear, become, is_plain_linear
 from bbb_ao.splitting import channel_metric, choose_index
 
 __all__ = ["BitByBitQATConfig", "bitbybit_qat", "quantize_"]
@@ -86,7 +86,7 @@ def _transform(module: nn.Module, config: BitByBitQATConfig) -> nn.Module:
             "let filter_fn test isinstance(module, torch.nn.Linear)"
         )
     # MultiheadAttention never calls its out_proj, it reads the weight.
-    if isinstance(module, NonDynamicallyQuantizableLinear) or _is_tied(module):
+    if isinstance(module, NonDynamicallyQuantizableLinear) or _is_tied(module) or not is_plain_linear(module):
         return module
     grid = config.grid()
     index = choose_index(channel_metric([module.weight]), config.split_ratio, grid.group_size)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from bbb_ao.errors import ModelError
-from bbb_ao.qat_linear import QATLinear
+from bbb_ao.qat_linear import QATLinear, is_plain_linear
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -69,6 +69,8 @@ def _linear_defect(linear: nn.Linear) -> str:
         return f"weight is already {weight.dtype}, expected float16, bfloat16, float32 or float64"
     if type(weight) is not nn.Parameter:
         return f"weight is a {type(weight).__name__}, expected a plain parameter"
+    if not is_plain_linear(linear):
+        return f"{type(linear).__name__} computes something else than x @ weight^T + bias"
     return ""
 
 

@@ -6,8 +6,10 @@ serves all blocks of its kind (`bind`).
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.utils import _pytree as pytree
 from bbb_ao.errors import ModelError
 from bbb_ao.passes.blocks import find_blocks
 from bbb_ao.passes.fx_nodes import aten, copy_graph_module, packet
+from bbb_ao.qat_linear import is_plain_linear
 
 # Scalar attributes that number or name a block; all others tell kinds of blocks apart.
 POSITION_ATTRIBUTES = frozenset(
@@ -133,8 +136,23 @@ def capture_block(
     return CapturedBlock(names, block, args, kwargs, None if reason else graph, reason)
 
 
+@contextmanager
+def _plain_linears(block: nn.Module) -> Iterator[None]:
+    """Meanwhile Linears that write their product in another way, as Falcon's do, are called as plain ones."""
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    own = [linear for linear in linears if is_plain_linear(linear)]
+    for linear in own:
+        linear.forward = MethodType(nn.Linear.forward, linear)
+    try:
+        yield
+    finally:
+        for linear in own:
+            del linear.forward
+
+
 def _export(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    program = torch.export.export(block, args, kwargs, strict=False)
+    with _plain_linears(block):
+        program = torch.export.export(block, args, kwargs, strict=False)
     # Guards and metadata assertions pin the dtype, which verification in float64 changes.
     options = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     graph = copy_graph_module(program.module(**options))  # pyright: ignore[reportArgumentType]

@@ -53,7 +53,7 @@ def materialize_call(call: BlockCall, device: torch.device) -> BlockCall:
         return make(tensor, device=device)
 
     args, kwargs = tree_map_only(Tensor, held, (call.args, dict(call.kwargs)))
-    return BlockCall(args, kwargs)
+    return BlockCall(args, kwargs, call.folded)
 
 
 def step_loss(

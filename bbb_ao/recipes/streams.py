@@ -5,7 +5,8 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,23 +87,31 @@ class BlockCall:
     """How the model calls a block: everything but the hidden states, recorded from one sequence.
 
     Masks and position embeddings of a single full sequence broadcast over a batch of sequences of the same length.
+
+    Attributes:
+        folded: keyword -> the dimension in which it counts sequences times something else, so that it does not
+            broadcast and is repeated, as BLOOM's biases of attention, [batch * heads, 1, tokens].
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    folded: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output for these hidden states, [batch, tokens, hidden], on the device of this call."""
-        if "hidden_states" in self.kwargs:
-            output = block(*self.args, **{**self.kwargs, "hidden_states": hidden})
+        kwargs = dict(self.kwargs)
+        for name, dim in self.folded.items():
+            kwargs[name] = torch.cat([kwargs[name]] * hidden.shape[0], dim)
+        if "hidden_states" in kwargs:
+            output = block(*self.args, **{**kwargs, "hidden_states": hidden})
         else:
-            output = block(hidden, *self.args[1:], **self.kwargs)
+            output = block(hidden, *self.args[1:], **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def to(self, device: torch.device) -> "BlockCall":
         """The same call with its tensors on `device`."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (self.args, dict(self.kwargs)))
-        return BlockCall(args, kwargs)
+        return BlockCall(args, kwargs, self.folded)
 
 
 class _Reached(Exception):
@@ -115,7 +124,8 @@ def record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list
     Args:
         ids: [1, tokens], int64.
     Raises:
-        ModelError: a block that the model does not reach.
+        ModelError: a block that the model does not reach, or an argument that depends on the batch in another way than
+            by repetition.
     """
     calls: dict[nn.Module, BlockCall] = {}
 
@@ -134,7 +144,37 @@ def record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list
     missing = [position for position, block in enumerate(blocks) if block not in calls]
     if missing:
         raise ModelError(f"{type(model).__name__}: decoder block {missing[0]} is not reached by the model")
-    return [calls[block] for block in blocks]
+    folded = _folded(model, blocks[0], calls[blocks[0]].kwargs, ids)
+    return [
+        replace(calls[block], folded={name: folded[name] for name in folded if name in calls[block].kwargs})
+        for block in blocks
+    ]
+
+
+def _folded(model: nn.Module, first_block: nn.Module, kwargs: Mapping[str, Any], ids: Tensor) -> dict[str, int]:
+    """`BlockCall.folded`, found by a second sequence like the first; `kwargs` are those of one."""
+    pair: dict[str, Any] = {}
+
+    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pair.update(kwargs)
+        raise _Reached
+
+    with first_block.register_forward_pre_hook(catch, with_kwargs=True), torch.no_grad(), suppress(_Reached):
+        model(ids.repeat(2, 1).to(next(model.parameters()).device), use_cache=False)
+    found = {}
+    for name, one in kwargs.items():
+        two = pair.get(name)
+        if not (isinstance(one, Tensor) and isinstance(two, Tensor) and one.dim() == two.dim()):
+            continue
+        for dim, (size, doubled) in enumerate(zip(one.shape, two.shape, strict=True)):
+            if size > 1 and doubled == 2 * size:
+                found[name] = dim
+                if not two.is_meta and not torch.equal(torch.cat([one, one], dim), _float32(two)):
+                    raise ModelError(
+                        f"{type(model).__name__}: {name}: expected the same for each sequence of a batch, one after "
+                        "the other, got something else; fix: give a model whose decoder blocks are called so"
+                    )
+    return found
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ SETTINGS = {
     "phi3": GROUPED,
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "olmo2": GROUPED,
+    "bloom": {},
+    # Its Linears write their product as a matrix product with the transposed weight.
+    "falcon": {"alibi": True},
     "mixtral": GROUPED | {"num_local_experts": 4},
     "qwen2_moe": GROUPED
     | {

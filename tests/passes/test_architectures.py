@@ -16,6 +16,8 @@ ARCHITECTURES = [
     "phi3",
     "opt",
     "olmo2",
+    "bloom",
+    "falcon",
     "mixtral",
     "qwen2_moe",
 ]

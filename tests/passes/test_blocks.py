@@ -3,8 +3,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from bbb_ao import bitbybit_qat, quantize_
 from bbb_ao.errors import ModelError
 from bbb_ao.passes import block_linears, find_blocks, unsupported_weights
+from bbb_ao.qat_linear import QATLinear
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,24 @@ def test_linears_that_cannot_be_quantized_are_named():
     block["integer"].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     assert block_linears(block) == ["good"]
     assert dict(unsupported_weights(block)).keys() == {"empty", "integer"}
+
+
+def test_linears_that_compute_something_else_are_left_out_and_named():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1), None
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Product(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    block = nn.ModuleDict({"router": Router(8, 4), "doubled": Doubled(8, 4), "product": Product(8, 4)})
+    assert block_linears(block) == ["product"]
+    reason = "computes something else than x @ weight^T + bias"
+    assert unsupported_weights(block) == [("router", f"Router {reason}"), ("doubled", f"Doubled {reason}")]
+    quantize_(block, bitbybit_qat(bits=2))
+    assert [isinstance(module, QATLinear) for module in block.values()] == [False, False, True]

@@ -45,6 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi": {},
     # Its blocks return tuples.
     "falcon": {"hidden_dropout": 0.1},
+    # Its blocks get a tensor of all sequences' heads.
+    "bloom": {},
     # Its model unpacks two values from each block.
     "bamba": GROUPED,
     # Its loss reads what the routers of its blocks gave.

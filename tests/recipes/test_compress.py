@@ -76,6 +76,8 @@ CASES = {
     ),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {}),
+    "bloom": ("bloom", {}),
+    "falcon": ("falcon", {}),
     "ragged": ("ragged", {"split": None}),
     "gemma2": ("gemma2", {}),
 }

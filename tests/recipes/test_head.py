@@ -15,7 +15,7 @@ from bbb_ao.recipes.head import Head
 from bbb_ao.recipes.streams import working_copy
 
 CPU = torch.device("cpu")
-KINDS = ["llama", "tied", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "falcon", "bamba", "mixtral"]
+KINDS = ["llama", "tied", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "falcon", "bloom", "bamba", "mixtral"]
 
 
 @pytest.fixture

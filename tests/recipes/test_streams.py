@@ -13,7 +13,7 @@ from bbb_ao.recipes import streams
 from bbb_ao.recipes.streams import Stream, advance, embed, record_calls, working_copy
 
 CPU = torch.device("cpu")
-ARCHITECTURES = ["llama", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi"]
+ARCHITECTURES = ["llama", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "bloom"]
 
 
 def block_values(model, blocks, ids):
@@ -94,6 +94,19 @@ def test_a_recorded_call_reproduces_every_block_on_a_batch(name, make_model, ids
             output = call.to(CPU)(working_copy(block, CPU), hidden)
         # Masks may choose another attention kernel, so rounding only: 16 eps of the largest value.
         torch.testing.assert_close(output, expected, rtol=0, atol=16 * 2**-23 * float(expected.abs().max()))
+
+
+def test_an_argument_that_counts_sequences_in_another_order_is_refused(make_model, ids):
+    model = make_model("bloom")
+    blocks = [block for _, block in find_blocks(model)]
+
+    def heads_first(block, args, kwargs):
+        return args, kwargs | {"alibi": kwargs["alibi"].unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)}
+
+    for block in blocks:
+        block.register_forward_pre_hook(heads_first, with_kwargs=True)
+    with pytest.raises(ModelError, match=r"alibi: expected the same for each sequence of a batch.*; fix: "):
+        record_calls(model, blocks, ids[:1])
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
