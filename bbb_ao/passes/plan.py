@@ -126,8 +126,11 @@ def plan_graph(gm: fx.GraphModule, linears: Collection[str] | None = None) -> Re
     unsupported: list[tuple[str, str]] = []
     groups: dict[fx.Node, list[str]] = {}
     single: dict[fx.Node, str] = {}
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr" and node.users}
     for name, nodes in calls.items():
-        if not nodes:
+        if not nodes and f"{name}.weight".removeprefix(".") in read:
+            unsupported.append((name, "its weight is read, and it is never called"))
+        elif not nodes:
             sites.append(SplitSite(name, (name,), "index", reason="not reached when the block ran"))
         elif any(_weight_leaks(node, name) for node in nodes):
             unsupported.append((name, "its weight is also read outside of its own forward"))

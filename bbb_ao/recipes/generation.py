@@ -52,15 +52,16 @@ def generate_sequences(
 
 
 def _continue(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator, temperature: float) -> Tensor:
-    """[batch, prompt] -> [batch, length], one token at a time with the model's cache."""
+    """[batch, prompt] -> [batch, length], one token at a time, with the model's cache where it has one."""
     cache, fresh = None, ids
     while ids.shape[1] < length:
         with autocast(ids.device):
             output = model(fresh, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = output.get("past_key_values")
         probabilities = (output.logits[:, -1].float() / temperature).softmax(-1)
         if not bool(torch.isfinite(probabilities).all()):
             raise NumericsError("generation: NaN or infinity in the model's logits; fix: check the model's weights")
-        fresh = torch.multinomial(probabilities, 1, generator=generator)
-        ids = torch.cat([ids, fresh], 1)
+        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], 1)
+        # A model that hands no such cache over (Mamba) reads all of it again.
+        fresh = ids if cache is None else ids[:, -1:]
     return ids[:, :length]

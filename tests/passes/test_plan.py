@@ -116,6 +116,20 @@ def test_a_linear_whose_weight_is_read_elsewhere_is_not_planned():
         plan.site_of("down")
 
 
+def test_a_linear_whose_weight_is_read_without_a_call_is_not_planned():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.called(x) + x @ self.read.weight.T
+
+    plan = plan_block(capture_block(Block(), (torch.ones(1, 4, 32),)))
+    assert [site.consumers for site in plan.sites] == [("called",)]
+    assert plan.unsupported == (("read", "its weight is read, and it is never called"),)
+
+
 def test_a_graph_alone_gives_the_same_sites(captured):
     kind = captured("mixtral")[0]
     assert plan_graph(kind.graph).sites == plan_block(kind).sites

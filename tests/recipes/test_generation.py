@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from bbb_ao.errors import DataError, NumericsError
 from bbb_ao.recipes.compress import train
@@ -16,6 +17,21 @@ def test_at_a_low_temperature_it_is_greedy_generation(make_model, ids):
     written = generate_sequences(model, ids, 3, 0, CPU, batch_size=2, temperature=1e-6)
     greedy = model.generate(ids[:3, :PROMPT], do_sample=False, max_length=ids.shape[1], min_length=ids.shape[1])
     assert torch.equal(written, greedy)
+
+
+def test_a_model_that_hands_over_no_cache_writes_the_same(make_model, ids):
+    class Cacheless(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, past_key_values, use_cache):
+            assert past_key_values is None
+            return self.model(ids, use_cache=False)
+
+    model = make_model("llama")
+    expected = generate_sequences(model, ids[:, :12], 4, 0, CPU)
+    assert torch.equal(generate_sequences(Cacheless(model), ids[:, :12], 4, 0, CPU), expected)
 
 
 def test_samples_follow_the_seed_and_the_distribution(make_model, ids):
