@@ -35,6 +35,9 @@ class PackedTensor(TorchAOBaseTensor):
     grid: Grid
     columns: int
 
+    # Some models of transformers (Mamba) initialize this layer's weight by its name when they are loaded.
+    _is_hf_initialized = True
+
     tensor_data_names = ["high", "scale", "scale_exponent"]
     tensor_attribute_names = ["bits", "act_bits", "grid", "columns"]
     optional_tensor_data_names = ["mid", "low", "zero_point", "index"]

@@ -47,6 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_dropout": 0.1},
     # Its blocks get a tensor of all sequences' heads.
     "bloom": {},
+    # It reads a Linear's weight without calling it, hands over no cache of keys, and initializes a weight by its name.
+    "mamba": {"state_size": 4, "time_step_rank": 4},
     # Its model unpacks two values from each block.
     "bamba": GROUPED,
     # Its loss reads what the routers of its blocks gave.

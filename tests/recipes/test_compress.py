@@ -78,6 +78,7 @@ CASES = {
     "opt": ("opt", {}),
     "bloom": ("bloom", {}),
     "falcon": ("falcon", {}),
+    "mamba": ("mamba", {}),
     "ragged": ("ragged", {"split": None}),
     "gemma2": ("gemma2", {}),
 }
