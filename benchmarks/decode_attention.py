@@ -132,6 +132,43 @@ def _add_tiles(
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty))
 
 
+def _check_operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+) -> None:
+    """Refuse what `decode_attention` says that it refuses."""
+    batch, _, heads, size = query.shape
+    groups, length = keys.shape[1:3]
+    shared = heads // groups
+    expected = {
+        "query": (query, (batch, 1, shared * groups, size)),
+        "key": (key, (batch, 1, groups, size)),
+        "value": (value, (batch, 1, groups, size)),
+        "cosine": (cosine, (1, 1, size)),
+        "sine": (sine, (1, 1, size)),
+        "keys": (keys, (batch, groups, length, size)),
+        "values": (values, (batch, groups, length, size)),
+        "position": (position, (1,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape} beside the others, got {tuple(tensor.shape)}")
+        together = tensor.stride()[2:] == (size, 1) if name in ("query", "key", "value") else tensor.is_contiguous()
+        if not together:
+            raise ValueError(f"{name}: expected contiguous heads, got strides {tensor.stride()}")
+    if shared not in (1, 2, 4, 8, 16) or triton.next_power_of_2(size) != size or length > TILES * LARGEST_TILE:
+        raise ValueError(
+            f"attention: expected 1, 2, 4, 8 or 16 heads for each of keys, head_dim a power of two and at most "
+            f"{TILES * LARGEST_TILE} places, got {shared} heads, head_dim {size} and {length} places"
+        )
+
+
 @torch.library.custom_op("bbb_ao_benchmarks::decode_attention", mutates_args=("keys", "values"))
 def decode_attention(
     query: Tensor,
@@ -157,32 +194,12 @@ def decode_attention(
     Raises:
         ValueError: another shape, heads of a token that lie apart, or a cache that is not contiguous.
     """
+    _check_operands(query, key, value, cosine, sine, keys, values, position)
     batch, _, heads, size = query.shape
     groups, length = keys.shape[1:3]
+    shared, pairs = heads // groups, batch * groups
     tile = max(SMALLEST_TILE, triton.next_power_of_2(-(-length // TILES)))
-    shared = heads // groups
-    expected = {
-        "query": (query, (batch, 1, shared * groups, size)),
-        "key": (key, (batch, 1, groups, size)),
-        "value": (value, (batch, 1, groups, size)),
-        "cosine": (cosine, (1, 1, size)),
-        "sine": (sine, (1, 1, size)),
-        "keys": (keys, (batch, groups, length, size)),
-        "values": (values, (batch, groups, length, size)),
-        "position": (position, (1,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape} beside the others, got {tuple(tensor.shape)}")
-        together = tensor.stride()[2:] == (size, 1) if name in ("query", "key", "value") else tensor.is_contiguous()
-        if not together:
-            raise ValueError(f"{name}: expected contiguous heads, got strides {tensor.stride()}")
-    if shared not in (1, 2, 4, 8, 16) or triton.next_power_of_2(size) != size or tile > LARGEST_TILE:
-        raise ValueError(
-            f"attention: expected 1, 2, 4, 8 or 16 heads for each of keys, head_dim a power of two and at most "
-            f"{TILES * LARGEST_TILE} places, got {shared} heads, head_dim {size} and {length} places"
-        )
-    pairs, out = batch * groups, torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     sums = query.new_empty(pairs * TILES * shared * size, dtype=torch.float32)
     shares = query.new_empty(2 * pairs * TILES * shared, dtype=torch.float32)
     options: dict[str, Any] = {"GROUPS": groups, "HEADS": shared, "SIZE": size, "TILE": tile, "TILES": TILES}
@@ -206,15 +223,5 @@ def decode_attention(
 
 
 @decode_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cosine: Tensor,
-    sine: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    scaling: float,
-) -> Tensor:
+def _(query: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
