@@ -151,16 +151,22 @@ def record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list
     ]
 
 
-def _folded(model: nn.Module, first_block: nn.Module, kwargs: Mapping[str, Any], ids: Tensor) -> dict[str, int]:
-    """`BlockCall.folded`, found by a second sequence like the first; `kwargs` are those of one."""
-    pair: dict[str, Any] = {}
+def _first_call(model: nn.Module, first_block: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) that the first block is called with for these ids; nothing behind its call is run."""
+    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        pair.update(kwargs)
+        caught.append((args, kwargs))
         raise _Reached
 
     with first_block.register_forward_pre_hook(catch, with_kwargs=True), torch.no_grad(), suppress(_Reached):
-        model(ids.repeat(2, 1).to(next(model.parameters()).device), use_cache=False)
+        model(ids.to(next(model.parameters()).device), use_cache=False)
+    return caught.pop()
+
+
+def _folded(model: nn.Module, first_block: nn.Module, kwargs: Mapping[str, Any], ids: Tensor) -> dict[str, int]:
+    """`BlockCall.folded`, found by a second sequence like the first; `kwargs` are those of one."""
+    _, pair = _first_call(model, first_block, ids.repeat(2, 1))
     found = {}
     for name, one in kwargs.items():
         two = pair.get(name)
@@ -187,28 +193,13 @@ def embed(model: nn.Module, first_block: nn.Module, sequences: Tensor, dtype: to
     Args:
         sequences: [sequences, tokens], int64.
     """
-    caught: list[Tensor] = []
-
-    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        raise _Reached
-
-    device = next(model.parameters()).device
-    handle = first_block.register_forward_pre_hook(catch, with_kwargs=True)
     stream: Stream | None = None
-    try:
-        for row in range(len(sequences)):
-            try:
-                with torch.no_grad():
-                    model(sequences[row : row + 1].to(device), use_cache=False)
-            except _Reached:
-                pass
-            states = caught.pop()
-            if stream is None:
-                stream = Stream(len(sequences), states.shape[1], states.shape[2], dtype, cache)
-            stream.write(slice(row, row + 1), states)
-    finally:
-        handle.remove()
+    for row in range(len(sequences)):
+        args, kwargs = _first_call(model, first_block, sequences[row : row + 1])
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if stream is None:
+            stream = Stream(len(sequences), states.shape[1], states.shape[2], dtype, cache)
+        stream.write(slice(row, row + 1), states)
     assert stream is not None, "sequences is never empty: the data loader refuses that"
     return stream
 
