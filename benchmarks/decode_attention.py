@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # pyright: ignore[reportMissingImports]
 
 from bbb_ao.kernels.dependent_launch import dependent_launch
-from bbb_ao.kernels.packed_linear.counts import zeroed_counts
+from bbb_ao.kernels.packed_linear.counts import lasting_counts
 
 # For a head, and for a program: the fastest of 12 pairs from 4 to 32 and from 1 to 8 on an H200, 4 and 8 within 0.3 %.
 TILES, WARPS = 16, 2
@@ -205,9 +205,9 @@ def decode_attention(
     options: dict[str, Any] = {"GROUPS": groups, "HEADS": shared, "SIZE": size, "TILE": tile, "TILES": TILES}
     strides = (query.stride(0), key.stride(0), value.stride(0))
     with torch.cuda.device_of(query):
-        counts = (
-            zeroed_counts(pairs, query.get_device()) if query.is_cuda else query.new_zeros(pairs, dtype=torch.int32)
-        )
+        counts = query.new_zeros(pairs, dtype=torch.int32)
+        if query.is_cuda:
+            counts = lasting_counts("decode_attention", pairs, query.get_device())
         operands = (cosine, sine, keys, values, position, sums, shares, counts, out, length, scaling)
         decode_attention_kernel[pairs, TILES](
             query,

@@ -111,6 +111,7 @@ def main() -> int:
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 4, 8), default=[2])
     parser.add_argument("--m", nargs="+", type=int, default=[1])
     parser.add_argument("--model", choices=list(SHAPES), default="8b")
+    parser.add_argument("--shape", nargs="+", help="only these shapes of the model")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no further shape is begun after these")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "settings.json")
     arguments = parser.parse_args()
@@ -124,6 +125,7 @@ def main() -> int:
         for bits in arguments.bits
         for name, shape in SHAPES[arguments.model].items()
         for m in arguments.m
+        if arguments.shape is None or name in arguments.shape
     ]
     tasks = dict.fromkeys(
         (kernel, bits, shape[1], m, setting)

@@ -1,7 +1,7 @@
 """`matmul_kernel` with the columns of a tile shared out over programs, at every tile and many counts of programs.
 
-Against float64 with the bound of `test_packed_linear.check`; equal bits from run to run; counters left at zero, which
-the next launch relies on, also where two graphs replay side by side.
+Against float64 with the bound of `test_packed_linear.check`; equal bits from run to run; counters whose lower
+bits are left at zero, which the next launch relies on, also where two graphs replay side by side.
 """
 
 from dataclasses import replace
@@ -36,11 +36,11 @@ def wide_case(seed: int, features: int = 1152) -> Case:
     return replace(case, exponent=torch.tensor(-12, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
-def test_every_share_of_the_columns_gives_the_product(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "groups"), [(16, 2), (32, 2), (64, 2), (128, 2), (128, 3), (256, 2)])
+def test_every_share_of_the_columns_gives_the_product(size: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for turn, programs in enumerate(PROGRAMS):
         step = 1 + turn // 2 % 2
-        use((size, programs, step), monkeypatch)
+        use((size, programs, step, groups), monkeypatch)
         bits, dtype = (2, 4, 8)[turn % 3], (torch.bfloat16, torch.float16)[turn % 2]
         case = wide_case(turn, 1152 if step == 1 else 1280)
         bias = random_x(turn, (300,), dtype=dtype) if turn % 4 == 0 else None
@@ -54,7 +54,7 @@ def test_every_share_of_the_columns_gives_the_product(size: int, monkeypatch: py
 def test_graphs_of_one_capturing_stream_replay_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     from bbb_ao.kernels import packed_linear
 
-    use((64, 60, 1), monkeypatch)
+    use((64, 60, 1, 2), monkeypatch)
     case = wide_case(1)
     operands, settings = moved(case.operands(2), DEVICE), case.settings(2)
     xs = [random_x(seed, (130, case.in_features), dtype=torch.bfloat16).cuda() for seed in (1, 2)]
@@ -75,10 +75,32 @@ def test_graphs_of_one_capturing_stream_replay_side_by_side(monkeypatch: pytest.
         assert all(torch.equal(each, y) for each in repeated)
 
 
-def test_counters_are_left_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bbb_ao.kernels.packed_linear.counts import zeroed_counts
+@pytest.mark.parametrize("size", [16, 64])
+def test_counters_count_the_times_that_all_came(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bbb_ao.kernels.packed_linear.counts import lasting_counts
 
-    use((16, 50, 1), monkeypatch)
+    use((size, 50, 1, 2), monkeypatch)
     case = wide_case(2)
-    call(case, random_x(2, (20, case.in_features), dtype=torch.bfloat16).cuda(), 2)
-    assert not zeroed_counts(1, torch.cuda.current_device()).any()
+    x = random_x(2, (size, case.in_features), dtype=torch.bfloat16).cuda()
+    call(case, x, 2)
+    first = lasting_counts("warpgroup", 1, torch.cuda.current_device()).clone()
+    call(case, x, 2)
+    second = lasting_counts("warpgroup", 1, torch.cuda.current_device())
+    assert not (second & 0xFFFF).any()
+    # Three tiles of two groups each, all of them shared.
+    assert ((second - first) == 1 << 16).sum() == 6
+    assert (second != first).sum() == 6
+
+
+def test_a_program_that_gives_up_waiting_leaves_its_work_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bbb_ao.kernels.packed_linear import launch
+
+    case = wide_case(3)
+    x = random_x(3, (200, case.in_features), dtype=torch.bfloat16)
+    for size, programs, groups in ((16, 60, 2), (64, 100, 2), (128, 7, 3), (256, 16, 2)):
+        use((size, programs, 1, groups), monkeypatch)
+        monkeypatch.setattr(launch, "POLLS", 64)
+        wanted = call(case, x.cuda(), 2)
+        monkeypatch.setattr(launch, "POLLS", 0)
+        for _ in range(5):
+            assert torch.equal(check(case, x, 2, DEVICE).cuda(), wanted)

@@ -87,7 +87,7 @@ def matmul(dtype: str, bits: int) -> str:
         "parts_ptr": "*fp32",
         "count_ptr": "*i32",
     }
-    signature |= dict.fromkeys(("M", "N", "NB", "SHARE", "fresh"), "i32")
+    signature |= dict.fromkeys(("M", "N", "NB", "SHARE", "polls", "fresh"), "i32")
     constants = {
         **CODES,
         "R": bits,
@@ -96,6 +96,7 @@ def matmul(dtype: str, bits: int) -> str:
         "STAGES": 3,
         "STEP": 2,
         "SPLIT": True,
+        "GROUPS": 2,
         "REGISTERS": 104,
     }
     return ptx(matmul_kernel, signature, constants, 4)

@@ -150,8 +150,9 @@ def test_the_hopper_kernel_multiplies_with_wgmma_and_copies_ahead(ptx: dict[str,
             # Eight products of 16 columns a block, two blocks at a time, for each of two groups of warps.
             assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n64k16", text)) == 32, name
             assert "cp.async.bulk.tensor.2d" in text, name
-            # The last of a tile's programs sees what the others wrote.
-            assert len(re.findall(r"atom\.global\.gpu\.acq_rel\.add\.u32", text)) == 2, name
+            # Arriving at a shared tile and giving up waiting; looking while it waits.
+            assert len(re.findall(r"atom\.global\.gpu\.acq_rel\.add\.u32", text)) == 4, name
+            assert len(re.findall(r"ld\.global\.gpu\.acquire", text)) == 2, name
 
 
 def test_only_constants_are_read_before_the_launches_before_are_complete(ptx: dict[str, str]) -> None:

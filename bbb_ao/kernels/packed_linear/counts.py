@@ -1,7 +1,7 @@
-"""Zeroed counters for kernels that leave them zero; see `warpgroup`.
+"""Counters by which programs of a launch meet: zeros at first, then as the launch before left them. See `warpgroup`.
 
-Launches of one stream follow each other, so they share counters. A captured launch has its own for good: graphs of one
-capturing stream may run side by side.
+Launches of a kernel on one stream follow each other, so they share counters. A captured launch has its own for good:
+graphs of one capturing stream may run side by side.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ def _lasting_zeros(size: int, device: int) -> Tensor:
 
 
 @cache
-def _of_stream(device: int, stream: int, size: int) -> Tensor:
+def _of_stream(kernel: str, device: int, stream: int, size: int) -> Tensor:
     return _lasting_zeros(size, device)
 
 
@@ -40,8 +40,8 @@ def _pools(device: int) -> list[Tensor]:
     return []
 
 
-def zeroed_counts(size: int, device: int) -> Tensor:
-    """At least `size` int32 zeros for one launch on the current stream of the current device.
+def lasting_counts(kernel: str, size: int, device: int) -> Tensor:
+    """At least `size` int32 for one launch of `kernel` on the current stream of the current device.
 
     Without a launch outside of a capture before, or where the pool is used up, zeroing them becomes part of the graph.
     """
@@ -50,7 +50,8 @@ def zeroed_counts(size: int, device: int) -> Tensor:
         if not pool or pool[0].numel() < POOL // 2:
             pool[:] = [_lasting_zeros(POOL, device)]
         # Few sizes, so that growing layers keep no buffer each.
-        return _of_stream(device, torch.cuda.current_stream().cuda_stream, 1 << max(12, (size - 1).bit_length()))
+        size = 1 << max(12, (size - 1).bit_length())
+        return _of_stream(kernel, device, torch.cuda.current_stream().cuda_stream, size)
     if not pool or pool[0].numel() < size:
         return torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}")
     own, pool[0] = pool[0].split((size, pool[0].numel() - size))

@@ -17,20 +17,27 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bbb_ao.kernels.dependent_launch import dependent_launch
-from bbb_ao.kernels.packed_linear.counts import zeroed_counts
+from bbb_ao.kernels.packed_linear.counts import lasting_counts
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.few_rows import few_rows_kernel
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packing.planes import BLOCK
 
-GROUP_ROWS = 128  # of the weight in one program of `matmul_kernel`
+GROUP_ROWS = 64  # of the weight in one of the two or three groups of warps of `matmul_kernel`
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 WARPGROUP_ROWS = 1024
 ROW_TILES = (16, 32, 64, 128, 256)
-# For each row tile: programs that share a multiprocessor, and for that the registers of each thread at the start and of
-# the warps that multiply.
-PROGRAMS = {16: (3, 56, 72), 32: (2, 80, 104), 64: (2, 80, 104), 128: (1, 168, 240), 256: (1, 168, 240)}
+# For each (row tile, groups of warps): programs that share a multiprocessor, and for that the registers of each thread
+# at the start and of the warps that multiply.
+PROGRAMS = {
+    (16, 2): (3, 56, 72),
+    (32, 2): (2, 80, 104),
+    (64, 2): (2, 80, 104),
+    (128, 2): (1, 168, 240),
+    (128, 3): (1, 128, 160),
+    (256, 2): (1, 168, 240),
+}
 SHARED_BYTES = 227 * 1024
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
 DECODE_SETTINGS: list[Settings] = [
@@ -59,6 +66,7 @@ FEW_ROWS_SETTINGS: list[Settings] = [
     (3, 2, 16, 1),
     (2, 1, 8, 2),
 ]
+POLLS = 64  # for the other programs of a tile, a fraction of a microsecond each
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -185,25 +193,38 @@ def few_rows_linear(
     return y
 
 
+def tile_share(tiles: int, blocks: int, programs: int, step: int) -> int:
+    """Blocks of 128 columns for each of so many programs (0: one for each tile), a multiple of `step`."""
+    return triton.cdiv(tiles * blocks, (programs or tiles) * step) * step
+
+
 def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
-    """Candidates (rows of x in a tile, programs or 0 for one of each tile, blocks at a time), the likeliest first."""
+    """Candidates (rows of x in a tile, programs or 0 for one of each tile, blocks at a time, groups of warps)."""
     fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
-    choices = []
-    for size in sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]:
-        blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size) * (features // BLOCK)
-        shared = [n * multiprocessors for n in range(PROGRAMS[size][0], 0, -1)]
+    sizes = sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]
+    blocks, choices = features // BLOCK, {}
+    for size, groups in sorted(PROGRAMS, reverse=True):
+        if size not in sizes:
+            continue
+        tiles = triton.cdiv(count, groups * GROUP_ROWS) * triton.cdiv(rows, size)
+        shared = [n * multiprocessors for n in range(PROGRAMS[size, groups][0], 0, -1)]
+        # As many for each tile, or as many tiles for each.
+        whole = [n // tiles * tiles or triton.cdiv(tiles, triton.cdiv(tiles, n)) for n in shared]
         # Two blocks for each program at least.
-        programs = [min(n, max(1, blocks // 2)) for n in shared] + [0]
-        steps = (2, 1) if size >= 64 and features // BLOCK % 2 == 0 else (1,)
-        choices += [(size, n, step) for n in programs for step in steps]
-    return list(dict.fromkeys(choices))
+        programs = [min(n, max(1, tiles * blocks // 2)) for n in (*shared, *whole)] + [0]
+        steps = (2, 1) if size >= 64 and blocks % 2 == 0 else (1,)
+        for n in programs:
+            for step in steps:
+                key = (size, tile_share(tiles, blocks, n, step), step, groups)
+                choices.setdefault(key, (size, n, step, groups))
+    return list(choices.values())
 
 
-def pipeline_stages(size: int, container: int) -> int:
+def pipeline_stages(size: int, groups: int, container: int) -> int:
     """Blocks of activations and planes that fit into a program's share of the shared memory."""
-    turned = min(64 * size * 8, 33 * 1024)  # where y is turned round before it is written
-    block = size * 2 * BLOCK + GROUP_ROWS * 32 * (container // 2)
-    return max(2, min(6, (SHARED_BYTES // PROGRAMS[size][0] - turned - 1024) // block))
+    turned = groups * GROUP_ROWS * ROW_TILES[0] * 2  # where y is turned round before it is written
+    block = size * 2 * BLOCK + groups * GROUP_ROWS * 32 * (container // 2)
+    return max(2, min(6, (SHARED_BYTES // PROGRAMS[size, groups][0] - turned - 1024) // block))
 
 
 @cache
@@ -230,11 +251,11 @@ def warpgroup_linear(
     words = [TensorDescriptor.from_tensor(plane, [64, 16], word_layout) for plane in words]
 
     def run(choice: Settings) -> None:
-        size, programs, step = choice
-        _, most, registers = PROGRAMS[size]
+        size, programs, step, groups = choice
+        _, most, registers = PROGRAMS[size, groups]
         layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
-        tiles, blocks = triton.cdiv(count, GROUP_ROWS) * triton.cdiv(rows, size), features // BLOCK
-        share = triton.cdiv(tiles * blocks, (programs or tiles) * step) * step
+        tiles, blocks = triton.cdiv(count, groups * GROUP_ROWS) * triton.cdiv(rows, size), features // BLOCK
+        share = tile_share(tiles, blocks, programs, step)
         programs = triton.cdiv(tiles * blocks, share)
         split = share % blocks > 0
         matmul_kernel[(programs,)](
@@ -243,19 +264,21 @@ def warpgroup_linear(
             *pointers[3:],
             columns if bias is None else bias,
             y,
-            columns.new_empty(programs * 2 * GROUP_ROWS * size, dtype=torch.float32) if split else y,
-            zeroed_counts(2 * tiles, device) if split else y,
+            columns.new_empty(programs * 2 * groups * GROUP_ROWS * size, dtype=torch.float32) if split else y,
+            lasting_counts("warpgroup", groups * tiles, device) if split else y,
             rows,
             count,
             blocks,
             share,
+            POLLS,
             **codes,
             EXPONENTS=scales[1].dim() == 1,
             BIASED=bias is not None,
             BM=size,
-            STAGES=pipeline_stages(size, int(codes["R"])),
+            STAGES=pipeline_stages(size, groups, int(codes["R"])),
             STEP=step,
             SPLIT=split,
+            GROUPS=groups,
             REGISTERS=registers,
             num_warps=4,
             maxnreg=most,

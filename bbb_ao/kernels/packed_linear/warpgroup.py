@@ -12,8 +12,8 @@ rounded once to the type of x: what `dequantize_packed` rounds to it.
 
 The blocks of all tiles of y stand in one row, tile after tile, and every program takes SHARE of them, so that all are
 busy to the end whatever the shape. Where the columns of a tile fall to several programs (SPLIT), each writes its part
-of the sum as float32 and counts up; who comes last adds the parts up in the order of the columns, so results do not
-change from run to run, and sets the count back to zero.
+of the sum as float32 and counts up; when all have come, those at the end of their columns add up a piece each, in an
+order that does not change from run to run.
 """
 
 import triton.language as tl
@@ -128,13 +128,13 @@ def _copy_activations(x_desc, buffers, extent, place, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _produce(
-    x_desc, planes, buffers, extent, R: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PDL: gl.constexpr
-):
+def _produce(work, planes, R: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PDL: gl.constexpr):
     """One warp: copy block after block into stages that every group of warps has freed.
 
     All stages are free at first: they get their weights while the launches before still run.
     """
+    operands, buffers, extent = work
+    x_desc = operands[0]
     start, end, _, _ = extent
     bytes: gl.constexpr = 2 * x_desc.block_type.nbytes + GROUPS * (R // 2) * planes[0].block_type.nbytes
     filled = gl.minimum(start + STAGES, end)
@@ -169,9 +169,7 @@ def _read_words(ws, place, R: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    operands,
-    buffers,
-    extent,
+    work,
     GROUP: gl.constexpr,
     R: gl.constexpr,
     MASK: gl.constexpr,
@@ -187,6 +185,7 @@ def _consume(
     PDL: gl.constexpr,
 ):
     """Four warps: 64 rows of the weight, BM rows of x. Groups drift apart: one decodes while another multiplies."""
+    operands, buffers, extent = work
     x_desc, scale_ptr, zero_ptr, result = operands
     xs, ws, ready, free = buffers
     start, end, NB, row_tiles = extent
@@ -230,12 +229,12 @@ def _consume(
         wait_for_launches(PDL)
         m0 = tile // row_tiles * BM
         if SPLIT:
-            _share(acc * UNIT, result, tile, m0, n0, start, end, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
+            _share(acc * UNIT, result, tile, m0, n0, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
         else:
-            _finish(acc * UNIT, result, m0, n0, R, EXPONENTS, BIASED, BM)
+            _finish(acc * UNIT, result, m0, n0, R, EXPONENTS, BIASED)
 
 
-@gluon.jit(do_not_specialize=["M", "NB", "SHARE", "fresh"])
+@gluon.jit(do_not_specialize=["M", "NB", "SHARE", "polls", "fresh"])
 def matmul_kernel(
     x_desc,
     high_desc,
@@ -252,6 +251,7 @@ def matmul_kernel(
     N,
     NB,
     SHARE,
+    polls,
     fresh,
     R: gl.constexpr,
     MASK: gl.constexpr,
@@ -263,17 +263,18 @@ def matmul_kernel(
     STAGES: gl.constexpr,
     STEP: gl.constexpr,
     SPLIT: gl.constexpr,
+    GROUPS: gl.constexpr,
     REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """y[m, n] from SHARE blocks of 128 columns of tiles of BM rows of x and 128 of the weight; x is [M, 128 * NB].
+    """y[m, n] from SHARE blocks of 128 columns of tiles of BM rows of x, [M, 128 * NB], and 64 * GROUPS of the weight.
 
     NB and SHARE are multiples of STEP, so many blocks follow each other with a product under way all the time.
-    `parts_ptr` is for two tiles of float32 sums of each program; `count_ptr` for two int32 zeros of each tile.
+    `parts_ptr` is for two tiles of float32 sums of each program; `count_ptr` for GROUPS int32 of each tile, as the
+    launch before left them, zeros at first.
     """
     # The other warps begin when these get to `warp_specialize`.
     start_launch(fresh, PDL)
-    GROUPS: gl.constexpr = 2
     row_tiles = (N + 64 * GROUPS - 1) // (64 * GROUPS)
     start = gl.program_id(0) * SHARE
     end = gl.minimum(start + SHARE, (M + BM - 1) // BM * row_tiles * NB)
@@ -284,45 +285,176 @@ def matmul_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
-    result = (y_ptr, exponent_ptr, bias_ptr, parts_ptr, M, N, count_ptr, SHARE)
+    result = (y_ptr, exponent_ptr, bias_ptr, parts_ptr, M, N, count_ptr, SHARE, polls)
     operands = (x_desc, scale_ptr, zero_ptr, result)
     buffers = (xs, ws, ready, free)
     extent = (start, end, NB, row_tiles)
+    work = (operands, buffers, extent)
     # Constants stand in each list: in a tuple that has a name they would become tensors.
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (operands, buffers, extent, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL),
-            ),
-            (
-                _consume,
-                (operands, buffers, extent, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL),
-            ),
-            (_produce, (x_desc, (high_desc, mid_desc, low_desc), buffers, extent, R, STAGES, GROUPS, PDL)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (work, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL)),
+                (_consume, (work, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL)),
+                (_produce, (work, (high_desc, mid_desc, low_desc), R, STAGES, GROUPS, PDL)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (work, 0, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL)),
+                (_consume, (work, 1, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL)),
+                (_consume, (work, 2, R, MASK, H, ZB, EXPONENTS, BIASED, BM, STAGES, GROUPS, STEP, SPLIT, PDL)),
+                (_produce, (work, (high_desc, mid_desc, low_desc), R, STAGES, GROUPS, PDL)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
 
 
 @gluon.jit
-def _finish(y, result, m0, n0, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr, BM: gl.constexpr):
-    """Scale sums [64, BM], add the bias and write y."""
+def _finish(y, result, m0, n0, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
+    """Scale sums [64, columns], add the bias, round, and write y, turned round in shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    y_ptr, exponent_ptr, bias_ptr, _, M, N, _, _ = result
+    y_ptr, exponent_ptr, bias_ptr, _, M, N, _, _, _ = result
+    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout))[:, None]
+    y = finished(y, exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED).to(y_ptr.dtype.element_ty)
     n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
-    m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, layout))[None, :]
-    y = finished(gl.convert_layout(y, layout), exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED)
-    gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
+    m = m0 + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
+    gl.store(y_ptr + m.to(gl.int64) * N + n, gl.convert_layout(y, layout), mask=(n < N) & (m < M))
 
 
 @gluon.jit
-def _place(slot, GROUP: gl.constexpr, GROUPS: gl.constexpr, FIRST: gl.constexpr, BM: gl.constexpr, y):
-    """Where the columns from FIRST on, as many as y has, of a group's part lie in a slot: [BM, 64], in y's layout."""
-    n = gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout))[:, None]
-    m = gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))[None, :]
-    return (slot * GROUPS + GROUP).to(gl.int64) * (64 * BM) + (FIRST + m) * 64 + n
+def _quarters(acc, flat: gl.constexpr):
+    """Sums [64, BM] as pieces of BM / 4 columns (two of 8 where BM is 16), each flat, in the order threads hold it."""
+    pieces = (acc,)
+    for _ in gl.static_range(2 if acc.shape[1] > 16 else 1):
+        halves = ()
+        for i in gl.static_range(len(pieces)):
+            halves = halves + pieces[i].reshape([64, 2, pieces[i].shape[1] // 2]).permute([0, 2, 1]).split()
+        pieces = halves
+    rows = ()
+    for i in gl.static_range(len(pieces)):
+        # n = 16 * warp + 8 * h + r, m = 8 * j + 2 * q + e, to [j, warp, r, q, h, e]: 16 bytes of each thread.
+        sixth = pieces[i].reshape([4, 2, 8, pieces[i].shape[1] // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5])
+        rows = rows + (gl.convert_layout(sixth.reshape([64 * pieces[i].shape[1]]), flat, assert_trivial=True),)
+    return rows
+
+
+@gluon.jit
+def _part(result, tile, program, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr):
+    """Where a program's part of a tile lies, in its slot for the tile that it starts with or the one for others."""
+    _, _, _, parts_ptr, _, _, _, SHARE, _ = result
+    slot = 2 * program + (tile * NB > program * SHARE).to(gl.int32)
+    return parts_ptr + (slot * GROUPS + GROUP).to(gl.int64) * (64 * BM)
+
+
+@gluon.jit
+def _take_over(
+    pieces, result, tile, first, owners, left, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr
+):
+    """The pieces of a tile, but those of the owners in `left`, a mask, from the owners' parts."""
+    taken = ()
+    for at in gl.static_range(len(pieces)):
+        y = pieces[at]
+        if left >> at % owners & 1 != 0:
+            there = _part(result, tile, first + at % owners, NB, GROUP, GROUPS, BM) + at * y.shape[0]
+            y = gl.load(there + gl.arange(0, y.shape[0], layout=y.type.layout), cache_modifier=".cg")
+        taken = taken + (y,)
+    return taken
+
+
+@gluon.jit
+def _add_other(
+    pieces, result, tile, first, owners, mine, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr
+):
+    """The pieces of a tile of two programs, those of the owners in `mine` with the other's part added.
+
+    There are no branches, so that all reads are under way at once.
+    """
+    sums = ()
+    for at in gl.static_range(len(pieces)):
+        i = at * pieces[at].shape[0] + gl.arange(0, pieces[at].shape[0], layout=pieces[at].type.layout)
+        part = _part(result, tile, first + (at % owners == 0).to(gl.int32), NB, GROUP, GROUPS, BM)
+        mask = i * 0 + (mine >> at % owners & 1) != 0
+        sums = sums + (pieces[at] + gl.load(part + i, mask=mask, other=0.0, cache_modifier=".cg"),)
+    return sums
+
+
+@gluon.jit
+def _add_others(
+    y,
+    result,
+    tile,
+    first,
+    count,
+    owner,
+    NB,
+    AT: gl.constexpr,
+    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr,
+    BM: gl.constexpr,
+):
+    """Piece AT of the owner's part of a tile, and those of its other programs added in their order."""
+    PIECE: gl.constexpr = y.shape[0]
+    i = AT * PIECE + gl.arange(0, PIECE, layout=y.type.layout)
+    # As many reads under way at once as registers allow.
+    threes = (count - 1) // 3 * 3
+    for some in range(0, threes, 3):
+        for next in gl.static_range(3):
+            other = some + next + (some + next >= owner).to(gl.int32)
+            y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + i, cache_modifier=".cg")
+    for some in range(threes, count - 1):
+        other = some + (some >= owner).to(gl.int32)
+        y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + i, cache_modifier=".cg")
+    return y
+
+
+@gluon.jit
+def _add_up(
+    pieces,
+    result,
+    tile,
+    m0,
+    n0,
+    team,
+    owners,
+    mine,
+    NB,
+    GROUP: gl.constexpr,
+    R: gl.constexpr,
+    EXPONENTS: gl.constexpr,
+    BIASED: gl.constexpr,
+    BM: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    """Add up and finish the pieces of the owners in `mine`, a mask, from their parts of these pieces.
+
+    `team` are the tile's programs: (the first, how many).
+    """
+    first, count = team
+    if count == 2:
+        sums = _add_other(pieces, result, tile, first, owners, mine, NB, GROUP, GROUPS, BM)
+    else:
+        sums = ()
+        for at in gl.static_range(len(pieces)):
+            y = pieces[at]
+            if mine >> at % owners & 1 != 0:
+                y = _add_others(y, result, tile, first, count, at % owners, NB, at, GROUP, GROUPS, BM)
+            sums = sums + (y,)
+    COLUMNS: gl.constexpr = BM // len(pieces)
+    for at in gl.static_range(len(pieces)):
+        if mine >> at % owners & 1 != 0:
+            y = sums[at].reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, COLUMNS])
+            _finish(y, result, m0 + at * COLUMNS, n0, R, EXPONENTS, BIASED)
+
+
+@gluon.jit
+def _all_came(seen, before, programs):
+    """Whether a tile's counter shows that all its programs wrote their parts."""
+    return (seen & 0xFFF == programs) | (seen >> 16 != before >> 16)
 
 
 @gluon.jit
@@ -332,8 +464,6 @@ def _share(
     tile,
     m0,
     n0,
-    start,
-    end,
     NB,
     GROUP: gl.constexpr,
     R: gl.constexpr,
@@ -342,25 +472,57 @@ def _share(
     BM: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
-    """Finish a tile of which no other program has columns; else write this part, and finish if it is the last."""
-    _, _, _, parts_ptr, _, _, count_ptr, SHARE = result
+    """Finish a tile, with the other programs that have columns of it.
+
+    Those whose columns end in the tile, four at most, own pieces of it in turn: each writes the pieces of the others,
+    waits until all have done so, adds up its own and finishes them. A program that waits takes the place of one it may
+    wait for. So it gives up after some looks, writes its own pieces too, and leaves them to the last that comes.
+
+    The tile's counter holds arrivals in bits 0 to 11, in 12 to 15 the owners who gave up, and above them how often all
+    came; each launch leaves the lower bits at zero.
+    """
+    _, _, _, _, _, _, count_ptr, SHARE, polls = result
     first = tile * NB // SHARE
     programs = (tile * NB + NB - 1) // SHARE - first + 1
     if programs == 1:
-        _finish(acc, result, m0, n0, R, EXPONENTS, BIASED, BM)
+        _finish(acc, result, m0, n0, R, EXPONENTS, BIASED)
     else:
-        # A program has two slots: of the tile that it starts with, and of one that others go on with.
-        slot = 2 * gl.program_id(0) + (tile * NB > start).to(gl.int32)
-        gl.store(parts_ptr + _place(slot, GROUP, GROUPS, 0, BM, acc), acc)
+        flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        pieces = _quarters(acc, flat)
+        PIECES: gl.constexpr = len(pieces)
+        PIECE: gl.constexpr = BM // PIECES
+        # The last program of a tile may go on with the next.
+        owners = programs - ((first + programs) * SHARE > tile * NB + NB).to(gl.int32)
+        owners = gl.minimum(owners, PIECES)
+        rank = gl.program_id(0) - first
+        part = _part(result, tile, gl.program_id(0), NB, GROUP, GROUPS, BM)
+        part += gl.arange(0, 64 * PIECE, layout=flat)
+        for i in gl.static_range(PIECES):
+            if i % owners != rank:
+                gl.store(part + i * 64 * PIECE, pieces[i])
+        # All threads have written before one of them counts.
         tl.debug_barrier()
         count = count_ptr + tile * GROUPS + GROUP
-        if gl.atomic_add(count, 1, sem="acq_rel") == programs - 1:
-            gl.store(count, 0)
-            PIECE: gl.constexpr = min(BM, 128)
-            layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-            for piece in gl.static_range(BM // PIECE):
-                y = gl.zeros([64, PIECE], gl.float32, layout=layout)
-                for program in range(first, first + programs):
-                    slot = 2 * program + (tile * NB > program * SHARE).to(gl.int32)
-                    y += gl.load(parts_ptr + _place(slot, GROUP, GROUPS, piece * PIECE, BM, y))
-                _finish(y, result, m0 + piece * PIECE, n0, R, EXPONENTS, BIASED, PIECE)
+        before = gl.atomic_add(count, 1, sem="acq_rel")
+        seen = before + 1
+        left = 0
+        if _all_came(seen, before, programs):
+            left = before >> 12 & 0xF
+            gl.atomic_add(count, 0x10000 - (before & 0xFFFF) - 1, sem="release")
+        elif rank < owners:
+            while (polls > 0) & (_all_came(seen, before, programs) == 0):
+                seen = gl.atomic_add(count, 0, sem="acquire")
+                polls -= 1
+            if _all_came(seen, before, programs) == 0:
+                for i in gl.static_range(PIECES):
+                    if i % owners == rank:
+                        gl.store(part + i * 64 * PIECE, pieces[i])
+                tl.debug_barrier()
+                seen = gl.atomic_add(count, 0x1000 << rank, sem="acq_rel")
+                if _all_came(seen, before, programs):
+                    gl.atomic_add(count, -(0x1000 << rank), sem="relaxed")
+        if _all_came(seen, before, programs):
+            team = (first, programs)
+            mine = gl.where(rank < owners, 1 << rank, 0) | left
+            pieces = _take_over(pieces, result, tile, first, owners, left, NB, GROUP, GROUPS, BM)
+            _add_up(pieces, result, tile, m0, n0, team, owners, mine, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
