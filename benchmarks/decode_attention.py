@@ -205,9 +205,10 @@ def decode_attention(
     options: dict[str, Any] = {"GROUPS": groups, "HEADS": shared, "SIZE": size, "TILE": tile, "TILES": TILES}
     strides = (query.stride(0), key.stride(0), value.stride(0))
     with torch.cuda.device_of(query):
-        counts = query.new_zeros(pairs, dtype=torch.int32)
         if query.is_cuda:
             counts = lasting_counts("decode_attention", pairs, query.get_device())
+        else:
+            counts = query.new_zeros(pairs, dtype=torch.int32)
         operands = (cosine, sine, keys, values, position, sums, shares, counts, out, length, scaling)
         decode_attention_kernel[pairs, TILES](
             query,

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,32 +86,43 @@ def _map_file(count: int, dtype: torch.dtype) -> Tensor:
 class BlockCall:
     """How the model calls a block: everything but the hidden states, recorded from one sequence.
 
-    Masks and position embeddings of a single full sequence broadcast over a batch of sequences of the same length.
+    Arguments of a single full sequence broadcast over a batch of sequences of the same length, or are repeated.
 
     Attributes:
-        folded: keyword -> the dimension in which it counts sequences times something else, so that it does not
-            broadcast and is repeated, as BLOOM's biases of attention, [batch * heads, 1, tokens].
+        folded: place or keyword -> the dimension that counts sequences, times something else or not, as in BLOOM's
+            biases of attention, [batch * heads, 1, tokens], and in masks, [batch, 1, tokens, tokens].
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    folded: Mapping[str, int] = field(default_factory=dict)
+    folded: Mapping[int | str, int] = field(default_factory=dict)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output for these hidden states, [batch, tokens, hidden], on the device of this call."""
-        kwargs = dict(self.kwargs)
+        arguments = _named(self.args, self.kwargs)
         for name, dim in self.folded.items():
-            kwargs[name] = torch.cat([kwargs[name]] * hidden.shape[0], dim)
-        if "hidden_states" in kwargs:
-            output = block(*self.args, **{**kwargs, "hidden_states": hidden})
-        else:
-            output = block(hidden, *self.args[1:], **kwargs)
+            arguments[name] = _repeated(arguments[name], dim, hidden.shape[0])
+        arguments["hidden_states" if "hidden_states" in arguments else 0] = hidden
+        kwargs = {name: value for name, value in arguments.items() if isinstance(name, str)}
+        output = block(*(value for name, value in arguments.items() if isinstance(name, int)), **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def to(self, device: torch.device) -> "BlockCall":
         """The same call with its tensors on `device`."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (self.args, dict(self.kwargs)))
         return BlockCall(args, kwargs, self.folded)
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+    """Arguments by their places, in their order, and keywords."""
+    return {**dict(enumerate(args)), **kwargs}
+
+
+def _repeated(tensor: Tensor, dim: int, times: int) -> Tensor:
+    """As many copies of a tensor behind each other; a view of it where its size is 1."""
+    if tensor.shape[dim] == 1:
+        return tensor.expand([times if i == dim else -1 for i in range(tensor.dim())])
+    return torch.cat([tensor] * times, dim)
 
 
 class _Reached(Exception):
@@ -132,7 +143,7 @@ def record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list
     def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kept = tree_map_only(Tensor, _float32, (args, kwargs))
         # The hidden states themselves are replaced in every call.
-        calls[block] = BlockCall((None, *kept[0][1:]), {**kept[1], **({"hidden_states": None} if not args else {})})
+        calls[block] = BlockCall((None, *kept[0][1:]) if args else (), kept[1])
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
@@ -144,11 +155,11 @@ def record_calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list
     missing = [position for position, block in enumerate(blocks) if block not in calls]
     if missing:
         raise ModelError(f"{type(model).__name__}: decoder block {missing[0]} is not reached by the model")
-    folded = _folded(model, blocks[0], calls[blocks[0]].kwargs, ids)
-    return [
-        replace(calls[block], folded={name: folded[name] for name in folded if name in calls[block].kwargs})
-        for block in blocks
-    ]
+    folded = _folded(model, blocks[0], calls[blocks[0]], ids)
+    for call in calls.values():
+        arguments = _named(call.args, call.kwargs)
+        call.folded = {name: dim for name, dim in folded.items() if isinstance(arguments.get(name), Tensor)}
+    return [calls[block] for block in blocks]
 
 
 def _first_call(model: nn.Module, first_block: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -164,18 +175,18 @@ def _first_call(model: nn.Module, first_block: nn.Module, ids: Tensor) -> tuple[
     return caught.pop()
 
 
-def _folded(model: nn.Module, first_block: nn.Module, kwargs: Mapping[str, Any], ids: Tensor) -> dict[str, int]:
-    """`BlockCall.folded`, found by a second sequence like the first; `kwargs` are those of one."""
-    _, pair = _first_call(model, first_block, ids.repeat(2, 1))
+def _folded(model: nn.Module, first_block: nn.Module, call: BlockCall, ids: Tensor) -> dict[int | str, int]:
+    """`BlockCall.folded`, found by a second sequence like the first; `call` is that of one."""
+    pair = _named(*_first_call(model, first_block, ids.repeat(2, 1)))
     found = {}
-    for name, one in kwargs.items():
+    for name, one in _named(call.args, call.kwargs).items():
         two = pair.get(name)
         if not (isinstance(one, Tensor) and isinstance(two, Tensor) and one.dim() == two.dim()):
             continue
         for dim, (size, doubled) in enumerate(zip(one.shape, two.shape, strict=True)):
-            if size > 1 and doubled == 2 * size:
+            if doubled == 2 * size:
                 found[name] = dim
-                if not two.is_meta and not torch.equal(torch.cat([one, one], dim), _float32(two)):
+                if not two.is_meta and not torch.equal(_repeated(one, dim, 2), _float32(two)):
                     raise ModelError(
                         f"{type(model).__name__}: {name}: expected the same for each sequence of a batch, one after "
                         "the other, got something else; fix: give a model whose decoder blocks are called so"

@@ -92,15 +92,26 @@ def test_counters_count_the_times_that_all_came(size: int, monkeypatch: pytest.M
     assert (second != first).sum() == 6
 
 
-def test_a_program_that_gives_up_waiting_leaves_its_work_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+# Programs with 6, 2, 3, 4, 4 and 1 of the 9 blocks of a tile: two to nine programs a tile, one to four owners.
+@pytest.mark.parametrize(
+    ("size", "programs", "groups"),
+    [(16, 60, 2), (64, 54, 2), (64, 36, 2), (64, 27, 2), (128, 9, 3), (256, 27, 2)],
+)
+def test_a_program_that_gives_up_waiting_leaves_its_work_to_the_last(
+    size: int, programs: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from bbb_ao.kernels.packed_linear import launch
+    from bbb_ao.kernels.packed_linear.counts import lasting_counts
 
     case = wide_case(3)
-    x = random_x(3, (200, case.in_features), dtype=torch.bfloat16)
-    for size, programs, groups in ((16, 60, 2), (64, 100, 2), (128, 7, 3), (256, 16, 2)):
-        use((size, programs, 1, groups), monkeypatch)
-        monkeypatch.setattr(launch, "POLLS", 64)
-        wanted = call(case, x.cuda(), 2)
-        monkeypatch.setattr(launch, "POLLS", 0)
+    use((size, programs, 1, groups), monkeypatch)
+    # Two inputs in turn, so that a part of the launch before is a wrong one.
+    xs = [random_x(seed, (200, case.in_features), dtype=torch.bfloat16).cuda() for seed in (3, 4)]
+    wanted = [check(case, x.cpu(), 2, DEVICE).cuda() for x in xs]
+    for polls in (0, 1, 2, 3, 5, 64):
+        monkeypatch.setattr(launch, "POLLS", polls)
         for _ in range(5):
-            assert torch.equal(check(case, x, 2, DEVICE).cuda(), wanted)
+            for x, y in zip(xs, wanted, strict=True):
+                assert torch.equal(call(case, x, 2), y), polls
+        counters = lasting_counts("warpgroup", 1, torch.cuda.current_device())
+        assert not (counters & 0xFFFF).any(), polls

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from bbb_ao.kernels.fake_quantize.row_kernel import gathered_rows_kernel
+from bbb_ao.kernels.packed_linear import launch
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.few_rows import few_rows_kernel
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
@@ -27,7 +28,8 @@ def ptx(
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] in "*i"}
     values = {(names.index(name),): value for name, value in constants.items()}
     made = source(kernel, types, values, aligned)
-    return triton.compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+    compiled = triton.compile(made, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return f"// {compiled.metadata.shared} bytes of shared memory\n{compiled.asm['ptx']}"
 
 
 def decode_signature(dtype: str) -> dict[str, str]:
@@ -74,11 +76,15 @@ def dynamic(dtype: str, bits: int) -> str:
     return ptx(dynamic_decode_kernel, decode_signature(dtype), constants, 4)
 
 
-def matmul(dtype: str, bits: int) -> str:
+def matmul(dtype: str, bits: int, size: int = 64, groups: int = 2, step: int = 2) -> str:
     kind = gl.bfloat16 if dtype == "bf16" else gl.float16
-    x_layout = gl.NVMMASharedLayout.get_default_for([64, 64], kind)
+    x_layout = gl.NVMMASharedLayout.get_default_for([size, 64], kind)
     words = f"tensordesc<i16[64, 16],{gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)!r}>"
-    signature = {"x_desc": f"tensordesc<{dtype}[64, 64],{x_layout!r}>", "bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    signature = {
+        "x_desc": f"tensordesc<{dtype}[{size}, 64],{x_layout!r}>",
+        "bias_ptr": f"*{dtype}",
+        "y_ptr": f"*{dtype}",
+    }
     signature |= dict.fromkeys(("high_desc", "mid_desc", "low_desc"), words)
     signature |= {
         "scale_ptr": "*u8",
@@ -92,14 +98,26 @@ def matmul(dtype: str, bits: int) -> str:
         **CODES,
         "R": bits,
         "MASK": 2**bits - 1,
-        "BM": 64,
-        "STAGES": 3,
-        "STEP": 2,
+        "BM": size,
+        "STAGES": launch.pipeline_stages(size, groups, bits),
+        "STEP": step,
         "SPLIT": True,
-        "GROUPS": 2,
-        "REGISTERS": 104,
+        "GROUPS": groups,
+        "REGISTERS": launch.PROGRAMS[size, groups][2],
     }
     return ptx(matmul_kernel, signature, constants, 4)
+
+
+def smallest(dtype: str, bits: int) -> str:
+    return matmul(dtype, bits, 16, 2, 1)
+
+
+def three(dtype: str, bits: int) -> str:
+    return matmul(dtype, bits, 128, 3, 1)
+
+
+def largest(dtype: str, bits: int) -> str:
+    return matmul(dtype, bits, 256, 2, 1)
 
 
 def rows(dtype: str, bits: int) -> str:
@@ -110,7 +128,13 @@ def rows(dtype: str, bits: int) -> str:
     return ptx(gathered_rows_kernel, signature, constants, 8, ASTSource)
 
 
+KERNELS = (decode, few, residual, normed, gated, dynamic, matmul, rows)
+BUILT = [
+    (build, dtype, bits) for build in KERNELS for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2))
+]
+# Other tiles of the same kernel; at 4 bits they take the most shared memory.
+BUILT += [(build, "bf16", 4) for build in (smallest, three, largest)]
+
 if __name__ == "__main__":
-    for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2)):
-        for build in (decode, few, residual, normed, gated, dynamic, matmul, rows):
-            (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))
+    for build, dtype, bits in BUILT:
+        (Path(sys.argv[1]) / f"{build.__name__}_{dtype}_{bits}.ptx").write_text(build(dtype, bits))

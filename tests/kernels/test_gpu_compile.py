@@ -13,14 +13,16 @@ pytest.importorskip("triton", reason="the kernels need Triton's compiler")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # Places of each kernel's parameters in PTX: its weight and index, which a graph does not write, planes first.
 DECODE = {"planes": (1, 2, 3), "others": (4, 6, 7)}
+MATMUL = {"planes": (5, 10, 15), "others": (20, 22)}
+TILES = ("matmul", "smallest", "three", "largest")
 CONSTANTS = {
+    **dict.fromkeys(TILES, MATMUL),
     "decode": DECODE,
     "few": DECODE,
     "residual": DECODE,
     "normed": DECODE,
     "gated": DECODE,
     "dynamic": DECODE,
-    "matmul": {"planes": (5, 10, 15), "others": (20, 22)},
     "rows": {"planes": (), "others": (1,)},
 }
 
@@ -94,11 +96,18 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_every_kernel_and_width_compiles(ptx: dict[str, str]) -> None:
-    assert set(ptx) == {
-        f"{kind}_{dtype}_{bits}"
-        for kind in CONSTANTS
-        for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2))
-    }
+    every = (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2))
+    expected = {f"{kind}_{dtype}_{bits}" for kind in {*CONSTANTS} - {*TILES[1:]} for dtype, bits in every}
+    assert set(ptx) == expected | {f"{kind}_bf16_4" for kind in TILES[1:]}
+
+
+def test_tiles_fit_into_the_shared_memory(ptx: dict[str, str]) -> None:
+    from bbb_ao.kernels.packed_linear.launch import PROGRAMS, SHARED_BYTES
+
+    for name, programs in (("smallest", PROGRAMS[16, 2][0]), ("three", 1), ("largest", 1)):
+        held = int(ptx[f"{name}_bf16_4"].split()[1])
+        # A multiprocessor keeps 1 KiB for each program.
+        assert 0 < held <= SHARED_BYTES // programs - 1024 * (programs - 1), (name, held)
 
 
 def test_nothing_lies_in_local_memory(ptx: dict[str, str]) -> None:
@@ -174,7 +183,7 @@ def test_only_constants_are_read_before_the_launches_before_are_complete(ptx: di
 def test_the_next_launch_may_start_before_this_one_waits(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
         assert text.count("griddepcontrol.launch_dependents") == 1, name
-        if name.startswith("matmul"):
+        if name.split("_")[0] in TILES:
             # There the warp that copies does it, behind its last copy.
             continue
         start, _ = text.split("griddepcontrol.launch_dependents")

@@ -58,6 +58,21 @@ def test_shipped_settings_are_not_measured(
     assert measured == []
 
 
+def test_a_cache_of_an_older_kernel_hides_no_shipped_settings(
+    measured: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "made_up_0.json").write_text('{"decode 64x128": [2, 4]}')
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "made_up_0.json").write_text('{"decode 64x128": [1, 8, 1], "decode 32x128": [1, 8, 1]}')
+    assert tuning.settings_for("decode 64x128", CANDIDATES, print, 0) == (2, 4)
+    assert measured == []
+    # One that is not shipped is measured again, and replaced.
+    assert tuning.settings_for("decode 32x128", CANDIDATES, print, 0) == (1, 8)
+    assert measured == [3]
+    assert json.loads((tmp_path / "cache" / "made_up_0.json").read_text())["decode 32x128"] == [1, 8]
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(measured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert tuning.settings_for("decode 64x128", CANDIDATES, print, 0) == (1, 4)

@@ -47,6 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_dropout": 0.1},
     # Its blocks get a tensor of all sequences' heads.
     "bloom": {},
+    # Its attention checks the size of the mask.
+    "xglm": {"ffn_dim": 96, "dropout": 0.1},
     # It reads a Linear's weight without calling it, hands over no cache of keys, and initializes a weight by its name.
     "mamba": {"state_size": 4, "time_step_rank": 4},
     # Its model unpacks two values from each block.

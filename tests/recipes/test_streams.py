@@ -13,7 +13,7 @@ from bbb_ao.recipes import streams
 from bbb_ao.recipes.streams import Stream, advance, embed, record_calls, working_copy
 
 CPU = torch.device("cpu")
-ARCHITECTURES = ["llama", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "bloom"]
+ARCHITECTURES = ["llama", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "bloom", "xglm"]
 
 
 def block_values(model, blocks, ids):

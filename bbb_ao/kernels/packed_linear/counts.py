@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 POOL = 2**20  # counters kept ready for captured launches
+ALIGNED = 32  # counters of a cache line; Triton would compile a kernel again for a pointer to less than 16 bytes
 
 
 def _lasting_zeros(size: int, device: int) -> Tensor:
@@ -45,6 +46,7 @@ def lasting_counts(kernel: str, size: int, device: int) -> Tensor:
 
     Without a launch outside of a capture before, or where the pool is used up, zeroing them becomes part of the graph.
     """
+    size = -(-size // ALIGNED) * ALIGNED
     pool = _pools(device)
     if not torch.cuda.is_current_stream_capturing():
         if not pool or pool[0].numel() < POOL // 2:

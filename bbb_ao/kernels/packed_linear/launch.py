@@ -39,6 +39,7 @@ PROGRAMS = {
     (256, 2): (1, 168, 240),
 }
 SHARED_BYTES = 227 * 1024
+OTHER_BYTES = 1024  # at most: barriers, and what groups of warps are handed
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
 DECODE_SETTINGS: list[Settings] = [
     (1, 4, 0),
@@ -199,11 +200,14 @@ def tile_share(tiles: int, blocks: int, programs: int, step: int) -> int:
 
 
 def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: int) -> list[Settings]:
-    """Candidates (rows of x in a tile, programs or 0 for one of each tile, blocks at a time, groups of warps)."""
+    """Candidates (rows of x in a tile, programs or 0 for one of each tile, blocks at a time, groups of warps).
+
+    The first is taken where none is measured.
+    """
     fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
     sizes = sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]
     blocks, choices = features // BLOCK, {}
-    for size, groups in sorted(PROGRAMS, reverse=True):
+    for size, groups in sorted(PROGRAMS, key=lambda each: (-each[0], each[1])):
         if size not in sizes:
             continue
         tiles = triton.cdiv(count, groups * GROUP_ROWS) * triton.cdiv(rows, size)
@@ -224,7 +228,7 @@ def pipeline_stages(size: int, groups: int, container: int) -> int:
     """Blocks of activations and planes that fit into a program's share of the shared memory."""
     turned = groups * GROUP_ROWS * ROW_TILES[0] * 2  # where y is turned round before it is written
     block = size * 2 * BLOCK + groups * GROUP_ROWS * 32 * (container // 2)
-    return max(2, min(6, (SHARED_BYTES // PROGRAMS[size, groups][0] - turned - 1024) // block))
+    return max(2, min(6, (SHARED_BYTES // PROGRAMS[size, groups][0] - turned - OTHER_BYTES) // block))
 
 
 @cache

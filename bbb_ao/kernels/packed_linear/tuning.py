@@ -35,7 +35,9 @@ def _table(device: str) -> dict[str, Settings]:
     known: dict[str, Settings] = {}
     for path in (SHIPPED / f"{device}.json", cache_folder() / f"{device}.json"):
         if path.is_file():
-            known |= {key: tuple(value) for key, value in json.loads(path.read_text()).items()}
+            found = {key: tuple(value) for key, value in json.loads(path.read_text()).items()}
+            # A cache may be older than the kernel, which then takes other numbers.
+            known |= {key: value for key, value in found.items() if len(value) == len(known.get(key, value))}
     return known
 
 
@@ -50,7 +52,7 @@ def settings_for(key: str, candidates: Sequence[Settings], run: Callable[[Settin
     """
     name = device_name(device)
     table = _table(name)
-    # What an edited cache has in another form is measured again.
+    # What the cache has in another form is measured again.
     if len(table.get(key, ())) == len(candidates[0]):
         return table[key]
     if os.environ.get("BBB_AO_TUNING") == "off" or torch.cuda.is_current_stream_capturing():

@@ -353,13 +353,13 @@ def _part(result, tile, program, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, 
 
 @gluon.jit
 def _take_over(
-    pieces, result, tile, first, owners, left, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr
+    pieces, result, tile, first, owners, gave_up, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr
 ):
-    """The pieces of a tile, but those of the owners in `left`, a mask, from the owners' parts."""
+    """The pieces of a tile, with those of the owners in `gave_up`, a mask, read back from what they wrote."""
     taken = ()
     for at in gl.static_range(len(pieces)):
         y = pieces[at]
-        if left >> at % owners & 1 != 0:
+        if gave_up >> at % owners & 1 != 0:
             there = _part(result, tile, first + at % owners, NB, GROUP, GROUPS, BM) + at * y.shape[0]
             y = gl.load(there + gl.arange(0, y.shape[0], layout=y.type.layout), cache_modifier=".cg")
         taken = taken + (y,)
@@ -389,7 +389,7 @@ def _add_others(
     result,
     tile,
     first,
-    count,
+    programs,
     owner,
     NB,
     AT: gl.constexpr,
@@ -399,16 +399,16 @@ def _add_others(
 ):
     """Piece AT of the owner's part of a tile, and those of its other programs added in their order."""
     PIECE: gl.constexpr = y.shape[0]
-    i = AT * PIECE + gl.arange(0, PIECE, layout=y.type.layout)
+    place = AT * PIECE + gl.arange(0, PIECE, layout=y.type.layout)
     # As many reads under way at once as registers allow.
-    threes = (count - 1) // 3 * 3
-    for some in range(0, threes, 3):
-        for next in gl.static_range(3):
-            other = some + next + (some + next >= owner).to(gl.int32)
-            y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + i, cache_modifier=".cg")
-    for some in range(threes, count - 1):
-        other = some + (some >= owner).to(gl.int32)
-        y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + i, cache_modifier=".cg")
+    threes = (programs - 1) // 3 * 3
+    for three in range(0, threes, 3):
+        for i in gl.static_range(3):
+            other = three + i + (three + i >= owner).to(gl.int32)
+            y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + place, cache_modifier=".cg")
+    for one in range(threes, programs - 1):
+        other = one + (one >= owner).to(gl.int32)
+        y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + place, cache_modifier=".cg")
     return y
 
 
@@ -434,15 +434,15 @@ def _add_up(
 
     `team` are the tile's programs: (the first, how many).
     """
-    first, count = team
-    if count == 2:
+    first, programs = team
+    if programs == 2:
         sums = _add_other(pieces, result, tile, first, owners, mine, NB, GROUP, GROUPS, BM)
     else:
         sums = ()
         for at in gl.static_range(len(pieces)):
             y = pieces[at]
             if mine >> at % owners & 1 != 0:
-                y = _add_others(y, result, tile, first, count, at % owners, NB, at, GROUP, GROUPS, BM)
+                y = _add_others(y, result, tile, first, programs, at % owners, NB, at, GROUP, GROUPS, BM)
             sums = sums + (y,)
     COLUMNS: gl.constexpr = BM // len(pieces)
     for at in gl.static_range(len(pieces)):
@@ -453,7 +453,7 @@ def _add_up(
 
 @gluon.jit
 def _all_came(seen, before, programs):
-    """Whether a tile's counter shows that all its programs wrote their parts."""
+    """Whether a tile's counter shows that all its programs wrote their parts: all arrived, or it was reset since."""
     return (seen & 0xFFF == programs) | (seen >> 16 != before >> 16)
 
 
@@ -474,9 +474,10 @@ def _share(
 ):
     """Finish a tile, with the other programs that have columns of it.
 
-    Those whose columns end in the tile, four at most, own pieces of it in turn: each writes the pieces of the others,
-    waits until all have done so, adds up its own and finishes them. A program that waits takes the place of one it may
-    wait for. So it gives up after some looks, writes its own pieces too, and leaves them to the last that comes.
+    Those whose columns end in the tile, four at most, own pieces of it in turn (the last program of all, where its
+    columns are fewer, counts as one that goes on). Each program writes the pieces of others; an owner waits until all
+    have done so, adds up its own and finishes them. A program that waits takes the place of one it may wait for. So it
+    gives up after some looks, writes its own pieces too, and leaves them to the last that comes.
 
     The tile's counter holds arrivals in bits 0 to 11, in 12 to 15 the owners who gave up, and above them how often all
     came; each launch leaves the lower bits at zero.
@@ -502,27 +503,29 @@ def _share(
                 gl.store(part + i * 64 * PIECE, pieces[i])
         # All threads have written before one of them counts.
         tl.debug_barrier()
-        count = count_ptr + tile * GROUPS + GROUP
-        before = gl.atomic_add(count, 1, sem="acq_rel")
+        counter = count_ptr + tile * GROUPS + GROUP
+        before = gl.atomic_add(counter, 1, sem="acq_rel")
         seen = before + 1
-        left = 0
+        gave_up = 0
         if _all_came(seen, before, programs):
-            left = before >> 12 & 0xF
-            gl.atomic_add(count, 0x10000 - (before & 0xFFFF) - 1, sem="release")
+            gave_up = before >> 12 & 0xF
+            # What stood there on arrival goes; an owner who gives up from now on sees that all came.
+            gl.atomic_add(counter, 0x10000 - (before & 0xFFFF) - 1, sem="release")
         elif rank < owners:
             while (polls > 0) & (_all_came(seen, before, programs) == 0):
-                seen = gl.atomic_add(count, 0, sem="acquire")
+                seen = gl.atomic_add(counter, 0, sem="acquire")
                 polls -= 1
             if _all_came(seen, before, programs) == 0:
                 for i in gl.static_range(PIECES):
                     if i % owners == rank:
                         gl.store(part + i * 64 * PIECE, pieces[i])
                 tl.debug_barrier()
-                seen = gl.atomic_add(count, 0x1000 << rank, sem="acq_rel")
+                seen = gl.atomic_add(counter, 0x1000 << rank, sem="acq_rel")
                 if _all_came(seen, before, programs):
-                    gl.atomic_add(count, -(0x1000 << rank), sem="relaxed")
+                    # Too late to leave them: the last one does not know. They are finished below.
+                    gl.atomic_add(counter, -(0x1000 << rank), sem="relaxed")
         if _all_came(seen, before, programs):
             team = (first, programs)
-            mine = gl.where(rank < owners, 1 << rank, 0) | left
-            pieces = _take_over(pieces, result, tile, first, owners, left, NB, GROUP, GROUPS, BM)
+            mine = gl.where(rank < owners, 1 << rank, 0) | gave_up
+            pieces = _take_over(pieces, result, tile, first, owners, gave_up, NB, GROUP, GROUPS, BM)
             _add_up(pieces, result, tile, m0, n0, team, owners, mine, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
