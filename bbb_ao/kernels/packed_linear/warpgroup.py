@@ -16,7 +16,6 @@ of the sum as float32 and counts up; when all have come, those at the end of the
 order that does not change from run to run.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,12 +28,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from bbb_ao.kernels.packed_linear import ptx
 from bbb_ao.kernels.packed_linear.blocks import (
     assemble,
-    finished,
     let_next_launch,
     load_scales,
     start_launch,
     wait_for_launches,
 )
+from bbb_ao.kernels.packed_linear.shared_tile import finish, share
 
 # Triton 3.9 renamed it.
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -229,9 +228,9 @@ def _consume(
         wait_for_launches(PDL)
         m0 = tile // row_tiles * BM
         if SPLIT:
-            _share(acc * UNIT, result, tile, m0, n0, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
+            share(acc * UNIT, result, tile, m0, n0, NB, GROUP, R, EXPONENTS, BIASED, GROUPS)
         else:
-            _finish(acc * UNIT, result, m0, n0, R, EXPONENTS, BIASED)
+            finish(acc * UNIT, result, m0, n0, R, EXPONENTS, BIASED)
 
 
 @gluon.jit(do_not_specialize=["M", "NB", "SHARE", "polls", "fresh"])
@@ -312,220 +311,3 @@ def matmul_kernel(
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
         )
-
-
-@gluon.jit
-def _finish(y, result, m0, n0, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
-    """Scale sums [64, columns], add the bias, round, and write y, turned round in shared memory."""
-    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    y_ptr, exponent_ptr, bias_ptr, _, M, N, _, _, _ = result
-    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout))[:, None]
-    y = finished(y, exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED).to(y_ptr.dtype.element_ty)
-    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
-    m = m0 + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
-    gl.store(y_ptr + m.to(gl.int64) * N + n, gl.convert_layout(y, layout), mask=(n < N) & (m < M))
-
-
-@gluon.jit
-def _quarters(acc, flat: gl.constexpr):
-    """Sums [64, BM] as pieces of BM / 4 columns (two of 8 where BM is 16), each flat, in the order threads hold it."""
-    pieces = (acc,)
-    for _ in gl.static_range(2 if acc.shape[1] > 16 else 1):
-        halves = ()
-        for i in gl.static_range(len(pieces)):
-            halves = halves + pieces[i].reshape([64, 2, pieces[i].shape[1] // 2]).permute([0, 2, 1]).split()
-        pieces = halves
-    rows = ()
-    for i in gl.static_range(len(pieces)):
-        # n = 16 * warp + 8 * h + r, m = 8 * j + 2 * q + e, to [j, warp, r, q, h, e]: 16 bytes of each thread.
-        sixth = pieces[i].reshape([4, 2, 8, pieces[i].shape[1] // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5])
-        rows = rows + (gl.convert_layout(sixth.reshape([64 * pieces[i].shape[1]]), flat, assert_trivial=True),)
-    return rows
-
-
-@gluon.jit
-def _part(result, tile, program, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr):
-    """Where a program's part of a tile lies, in its slot for the tile that it starts with or the one for others."""
-    _, _, _, parts_ptr, _, _, _, SHARE, _ = result
-    slot = 2 * program + (tile * NB > program * SHARE).to(gl.int32)
-    return parts_ptr + (slot * GROUPS + GROUP).to(gl.int64) * (64 * BM)
-
-
-@gluon.jit
-def _take_over(
-    pieces, result, tile, first, owners, gave_up, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr
-):
-    """The pieces of a tile, with those of the owners in `gave_up`, a mask, read back from what they wrote."""
-    taken = ()
-    for at in gl.static_range(len(pieces)):
-        y = pieces[at]
-        if gave_up >> at % owners & 1 != 0:
-            there = _part(result, tile, first + at % owners, NB, GROUP, GROUPS, BM) + at * y.shape[0]
-            y = gl.load(there + gl.arange(0, y.shape[0], layout=y.type.layout), cache_modifier=".cg")
-        taken = taken + (y,)
-    return taken
-
-
-@gluon.jit
-def _add_other(
-    pieces, result, tile, first, owners, mine, NB, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr
-):
-    """The pieces of a tile of two programs, those of the owners in `mine` with the other's part added.
-
-    There are no branches, so that all reads are under way at once.
-    """
-    sums = ()
-    for at in gl.static_range(len(pieces)):
-        i = at * pieces[at].shape[0] + gl.arange(0, pieces[at].shape[0], layout=pieces[at].type.layout)
-        part = _part(result, tile, first + (at % owners == 0).to(gl.int32), NB, GROUP, GROUPS, BM)
-        mask = i * 0 + (mine >> at % owners & 1) != 0
-        sums = sums + (pieces[at] + gl.load(part + i, mask=mask, other=0.0, cache_modifier=".cg"),)
-    return sums
-
-
-@gluon.jit
-def _add_others(
-    y,
-    result,
-    tile,
-    first,
-    programs,
-    owner,
-    NB,
-    AT: gl.constexpr,
-    GROUP: gl.constexpr,
-    GROUPS: gl.constexpr,
-    BM: gl.constexpr,
-):
-    """Piece AT of the owner's part of a tile, and those of its other programs added in their order."""
-    PIECE: gl.constexpr = y.shape[0]
-    place = AT * PIECE + gl.arange(0, PIECE, layout=y.type.layout)
-    # As many reads under way at once as registers allow.
-    threes = (programs - 1) // 3 * 3
-    for three in range(0, threes, 3):
-        for i in gl.static_range(3):
-            other = three + i + (three + i >= owner).to(gl.int32)
-            y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + place, cache_modifier=".cg")
-    for one in range(threes, programs - 1):
-        other = one + (one >= owner).to(gl.int32)
-        y += gl.load(_part(result, tile, first + other, NB, GROUP, GROUPS, BM) + place, cache_modifier=".cg")
-    return y
-
-
-@gluon.jit
-def _add_up(
-    pieces,
-    result,
-    tile,
-    m0,
-    n0,
-    team,
-    owners,
-    mine,
-    NB,
-    GROUP: gl.constexpr,
-    R: gl.constexpr,
-    EXPONENTS: gl.constexpr,
-    BIASED: gl.constexpr,
-    BM: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
-    """Add up and finish the pieces of the owners in `mine`, a mask, from their parts of these pieces.
-
-    `team` are the tile's programs: (the first, how many).
-    """
-    first, programs = team
-    if programs == 2:
-        sums = _add_other(pieces, result, tile, first, owners, mine, NB, GROUP, GROUPS, BM)
-    else:
-        sums = ()
-        for at in gl.static_range(len(pieces)):
-            y = pieces[at]
-            if mine >> at % owners & 1 != 0:
-                y = _add_others(y, result, tile, first, programs, at % owners, NB, at, GROUP, GROUPS, BM)
-            sums = sums + (y,)
-    COLUMNS: gl.constexpr = BM // len(pieces)
-    for at in gl.static_range(len(pieces)):
-        if mine >> at % owners & 1 != 0:
-            y = sums[at].reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, COLUMNS])
-            _finish(y, result, m0 + at * COLUMNS, n0, R, EXPONENTS, BIASED)
-
-
-@gluon.jit
-def _all_came(seen, before, programs):
-    """Whether a tile's counter shows that all its programs wrote their parts: all arrived, or it was reset since."""
-    return (seen & 0xFFF == programs) | (seen >> 16 != before >> 16)
-
-
-@gluon.jit
-def _share(
-    acc,
-    result,
-    tile,
-    m0,
-    n0,
-    NB,
-    GROUP: gl.constexpr,
-    R: gl.constexpr,
-    EXPONENTS: gl.constexpr,
-    BIASED: gl.constexpr,
-    BM: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
-    """Finish a tile, with the other programs that have columns of it.
-
-    Those whose columns end in the tile, four at most, own pieces of it in turn (the last program of all, where its
-    columns are fewer, counts as one that goes on). Each program writes the pieces of others; an owner waits until all
-    have done so, adds up its own and finishes them. A program that waits takes the place of one it may wait for. So it
-    gives up after some looks, writes its own pieces too, and leaves them to the last that comes.
-
-    The tile's counter holds arrivals in bits 0 to 11, in 12 to 15 the owners who gave up, and above them how often all
-    came; each launch leaves the lower bits at zero.
-    """
-    _, _, _, _, _, _, count_ptr, SHARE, polls = result
-    first = tile * NB // SHARE
-    programs = (tile * NB + NB - 1) // SHARE - first + 1
-    if programs == 1:
-        _finish(acc, result, m0, n0, R, EXPONENTS, BIASED)
-    else:
-        flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-        pieces = _quarters(acc, flat)
-        PIECES: gl.constexpr = len(pieces)
-        PIECE: gl.constexpr = BM // PIECES
-        # The last program of a tile may go on with the next.
-        owners = programs - ((first + programs) * SHARE > tile * NB + NB).to(gl.int32)
-        owners = gl.minimum(owners, PIECES)
-        rank = gl.program_id(0) - first
-        part = _part(result, tile, gl.program_id(0), NB, GROUP, GROUPS, BM)
-        part += gl.arange(0, 64 * PIECE, layout=flat)
-        for i in gl.static_range(PIECES):
-            if i % owners != rank:
-                gl.store(part + i * 64 * PIECE, pieces[i])
-        # All threads have written before one of them counts.
-        tl.debug_barrier()
-        counter = count_ptr + tile * GROUPS + GROUP
-        before = gl.atomic_add(counter, 1, sem="acq_rel")
-        seen = before + 1
-        gave_up = 0
-        if _all_came(seen, before, programs):
-            gave_up = before >> 12 & 0xF
-            # What stood there on arrival goes; an owner who gives up from now on sees that all came.
-            gl.atomic_add(counter, 0x10000 - (before & 0xFFFF) - 1, sem="release")
-        elif rank < owners:
-            while (polls > 0) & (_all_came(seen, before, programs) == 0):
-                seen = gl.atomic_add(counter, 0, sem="acquire")
-                polls -= 1
-            if _all_came(seen, before, programs) == 0:
-                for i in gl.static_range(PIECES):
-                    if i % owners == rank:
-                        gl.store(part + i * 64 * PIECE, pieces[i])
-                tl.debug_barrier()
-                seen = gl.atomic_add(counter, 0x1000 << rank, sem="acq_rel")
-                if _all_came(seen, before, programs):
-                    # Too late to leave them: the last one does not know. They are finished below.
-                    gl.atomic_add(counter, -(0x1000 << rank), sem="relaxed")
-        if _all_came(seen, before, programs):
-            team = (first, programs)
-            mine = gl.where(rank < owners, 1 << rank, 0) | gave_up
-            pieces = _take_over(pieces, result, tile, first, owners, gave_up, NB, GROUP, GROUPS, BM)
-            _add_up(pieces, result, tile, m0, n0, team, owners, mine, NB, GROUP, R, EXPONENTS, BIASED, BM, GROUPS)
