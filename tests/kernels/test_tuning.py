@@ -27,16 +27,16 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[i
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("BBB_AO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BBB_AO_TUNING", raising=False)
-    tuning._table.cache_clear()
+    tuning._tables.cache_clear()
     yield calls
-    tuning._table.cache_clear()
+    tuning._tables.cache_clear()
 
 
 def test_a_shape_is_measured_once_and_kept_for_the_next_process(measured: list[int], tmp_path: Path) -> None:
     for _ in range(2):
         assert tuning.settings_for("decode 64x128", CANDIDATES, print, 0) == (1, 8)
     assert measured == [3]
-    tuning._table.cache_clear()  # as a process that starts anew
+    tuning._tables.cache_clear()  # as a process that starts anew
     assert tuning.settings_for("decode 64x128", CANDIDATES, print, 0) == (1, 8)
     assert measured == [3]
     assert json.loads((tmp_path / "cache" / "made_up_0.json").read_text()) == {"decode 64x128": [1, 8]}

@@ -194,6 +194,11 @@ def few_rows_linear(
     return y
 
 
+def tile_count(rows: int, count: int, size: int, groups: int) -> int:
+    """Tiles of `size` rows of x and as many rows of the weight, of `count`, as the groups of warps take."""
+    return triton.cdiv(count, groups * GROUP_ROWS) * triton.cdiv(rows, size)
+
+
 def tile_share(tiles: int, blocks: int, programs: int, step: int) -> int:
     """Blocks of 128 columns for each of so many programs (0: one for each tile), a multiple of `step`."""
     return triton.cdiv(tiles * blocks, (programs or tiles) * step) * step
@@ -205,12 +210,12 @@ def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: in
     The first is taken where none is measured.
     """
     fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
-    sizes = sorted(fitting, reverse=True)[:2] if rows > 32 else fitting[-1:]
+    sizes = fitting[-2:] if rows > 32 else fitting[-1:]
     blocks, choices = features // BLOCK, {}
     for size, groups in sorted(PROGRAMS, key=lambda each: (-each[0], each[1])):
         if size not in sizes:
             continue
-        tiles = triton.cdiv(count, groups * GROUP_ROWS) * triton.cdiv(rows, size)
+        tiles = tile_count(rows, count, size, groups)
         shared = [n * multiprocessors for n in range(PROGRAMS[size, groups][0], 0, -1)]
         # As many for each tile, or as many tiles for each.
         whole = [n // tiles * tiles or triton.cdiv(tiles, triton.cdiv(tiles, n)) for n in shared]
@@ -258,7 +263,7 @@ def warpgroup_linear(
         size, programs, step, groups = choice
         _, most, registers = PROGRAMS[size, groups]
         layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
-        tiles, blocks = triton.cdiv(count, groups * GROUP_ROWS) * triton.cdiv(rows, size), features // BLOCK
+        tiles, blocks = tile_count(rows, count, size, groups), features // BLOCK
         share = tile_share(tiles, blocks, programs, step)
         programs = triton.cdiv(tiles * blocks, share)
         split = share % blocks > 0

@@ -29,16 +29,15 @@ def device_name(index: int) -> str:
     return torch.cuda.get_device_name(index).replace(" ", "_").replace("/", "_")
 
 
+def _read(path: Path) -> dict[str, Settings]:
+    """A table, empty where there is no file."""
+    return {key: tuple(value) for key, value in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+
 @cache
-def _table(device: str) -> dict[str, Settings]:
-    """Known settings: the shipped ones, then those of the cache."""
-    known: dict[str, Settings] = {}
-    for path in (SHIPPED / f"{device}.json", cache_folder() / f"{device}.json"):
-        if path.is_file():
-            found = {key: tuple(value) for key, value in json.loads(path.read_text()).items()}
-            # A cache may be older than the kernel, which then takes other numbers.
-            known |= {key: value for key, value in found.items() if len(value) == len(known.get(key, value))}
-    return known
+def _tables(device: str) -> tuple[dict[str, Settings], dict[str, Settings]]:
+    """Known settings: those of the cache, which go first, and the shipped ones."""
+    return _read(cache_folder() / f"{device}.json"), _read(SHIPPED / f"{device}.json")
 
 
 def settings_for(key: str, candidates: Sequence[Settings], run: Callable[[Settings], object], device: int) -> Settings:
@@ -51,17 +50,18 @@ def settings_for(key: str, candidates: Sequence[Settings], run: Callable[[Settin
         device: index of the GPU.
     """
     name = device_name(device)
-    table = _table(name)
-    # What the cache has in another form is measured again.
-    if len(table.get(key, ())) == len(candidates[0]):
-        return table[key]
+    cached, shipped = _tables(name)
+    for table in (cached, shipped):
+        # A cache may be older than the kernel, which then takes other numbers.
+        if len(table.get(key, ())) == len(candidates[0]):
+            return table[key]
     if os.environ.get("BBB_AO_TUNING") == "off" or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     # Milliseconds; the L2 cache is emptied before each launch.
     times = milliseconds(candidates, run, device)
-    table[key] = min(times, key=times.__getitem__)
-    _keep(name, key, table[key])
-    return table[key]
+    cached[key] = min(times, key=times.__getitem__)
+    _keep(name, key, cached[key])
+    return cached[key]
 
 
 def milliseconds(
