@@ -135,7 +135,8 @@ class CompletionServer(ThreadingHTTPServer):
         Raises:
             Refusal: 503, too many wait, or the server is about to stop.
         """
-        if not self._waiting.acquire(blocking=False):
+        waiting = self._waiting  # what is acquired is released, whatever stands there then
+        if not waiting.acquire(blocking=False):
             raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, f"requests: expected at most {MOST_WAITING}, got more")
         try:
             with self._turn:
@@ -143,7 +144,7 @@ class CompletionServer(ThreadingHTTPServer):
                     raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "server: expected it to run, got it stopping")
                 yield self.writer
         finally:
-            self._waiting.release()
+            waiting.release()
 
     def finish(self) -> None:
         """End the answer that is being written with its next token, and wait until it is sent."""
