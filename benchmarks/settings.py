@@ -36,8 +36,30 @@ from bbb_ao.kernels.packed_linear_dynamic import cuda as dynamic
 Setting = tuple[int, ...]
 ROTATION = 256 * 2**20
 REPLAYS = 9
-# Beside those that the package tries: fewer registers, so that more programs of the next launch fit.
-MORE = [(1, 2, 0), (1, 4, 64), (1, 8, 64), (1, 8, 96), (2, 4, 128), (1, 16, 64), (1, 4, 80), (1, 8, 80), (1, 4, 112)]
+# Beside those that the package tries: fewer registers, so that more programs of the next launch fit, and more ahead.
+MORE = [
+    (1, 2, 0, 1),
+    (1, 4, 80, 1),
+    (1, 4, 112, 1),
+    (1, 4, 112, 2),
+    (1, 8, 64, 1),
+    (1, 8, 80, 1),
+    (1, 8, 80, 2),
+    (1, 8, 96, 2),
+    (1, 8, 112, 1),
+    (1, 8, 128, 2),
+    (1, 16, 64, 1),
+    (2, 4, 128, 1),
+    (2, 4, 128, 2),
+    (2, 4, 168, 1),
+    (2, 8, 128, 1),
+    (2, 8, 128, 2),
+    (2, 8, 168, 1),
+    (2, 16, 128, 1),
+    (3, 4, 168, 3),
+    (3, 8, 168, 3),
+    (4, 8, 168, 4),
+]
 MORE_FEW = [(4, 2, 16, 1), (4, 1, 16, 1), (2, 2, 8, 2), (1, 4, 4, 2), (1, 1, 8, 3), (2, 1, 4, 4)]
 COMPILED_ROWS = 256  # of the weight: what is compiled does not depend on how many there are
 

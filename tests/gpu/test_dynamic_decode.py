@@ -108,6 +108,22 @@ def test_extreme_activations(magnitude: float, act_half_step: bool) -> None:
     assert ((y.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("act_bits", [2, 8])
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (100, 1), (-70, 1), (-60, 2), (0, 0)])
+def test_groups_of_all_magnitudes_beside_each_other(first: int, step: int, act_bits: int) -> None:
+    # Group g has numbers of 2**(first - step * g), and row n of the weight sees group n alone.
+    case = replace(make_case(5, 128 * (ROWS // 4), 4, True, ROWS), exponent=torch.tensor(-12, dtype=torch.int32))
+    groups = case.scale_codes.shape[1]
+    seen = torch.eye(ROWS, groups, dtype=torch.bool)
+    case = replace(case, scale_codes=torch.where(seen, case.scale_codes, 0))
+    powers = 2.0 ** (first - step * torch.arange(groups, dtype=torch.float64))
+    x = (random_x(5, (1, groups, 32)) * powers[:, None]).flatten(1).to(torch.bfloat16)
+    assert powers.min() / powers.max() < 2.0**-14 or step == 0
+    y = call(case, x, 2, act_bits, True)
+    exact, bound = expected(case, x, 2, act_bits, True, None)
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_reaches_the_result(value: float) -> None:
     case = replace(make_case(3, 1152, 4, True, ROWS), exponent=torch.tensor(-12, dtype=torch.int32))

@@ -39,7 +39,7 @@ def decode_signature(dtype: str) -> dict[str, str]:
 
 
 def decode_constants(bits: int) -> dict[str, object]:
-    shape = {"NB": 16, "M": 1, "TILES": 1, "WARPS": 4}
+    shape = {"NB": 16, "M": 1, "TILES": 2, "WARPS": 4, "AHEAD": 2}
     return {**CODES, **shape, "R": bits, "MASK": 2**bits - 1, "INDEXED": False}
 
 
@@ -48,8 +48,8 @@ def decode(dtype: str, bits: int) -> str:
 
 
 def few(dtype: str, bits: int) -> str:
-    constants = {name: value for name, value in decode_constants(bits).items() if name != "M"}
-    return ptx(few_rows_kernel, decode_signature(dtype) | {"M": "i32"}, {**constants, "SPAN": 2}, 4)
+    constants = {name: value for name, value in decode_constants(bits).items() if name not in ("M", "AHEAD")}
+    return ptx(few_rows_kernel, decode_signature(dtype) | {"M": "i32"}, {**constants, "TILES": 1, "SPAN": 2}, 4)
 
 
 def residual(dtype: str, bits: int) -> str:
@@ -71,7 +71,7 @@ def _normed(dtype: str, bits: int, **flags: object) -> str:
 
 
 def dynamic(dtype: str, bits: int) -> str:
-    constants = {**CODES, "NB": 16, "R": bits, "MASK": 2**bits - 1, "INDEXED": True, "TILES": 1, "WARPS": 4}
+    constants = {**CODES, "NB": 16, "R": bits, "MASK": 2**bits - 1, "INDEXED": True, "TILES": 1, "WARPS": 4, "AHEAD": 1}
     constants |= {"ACT_BITS": bits, "ACT_HALF": bits != 4}
     return ptx(dynamic_decode_kernel, decode_signature(dtype), constants, 4)
 
@@ -99,7 +99,7 @@ def matmul(dtype: str, bits: int, size: int = 64, groups: int = 2, step: int = 2
         "R": bits,
         "MASK": 2**bits - 1,
         "BM": size,
-        "STAGES": launch.pipeline_stages(size, groups, bits),
+        "STAGES": launch.pipeline_stages(size, groups, bits, 8),
         "STEP": step,
         "SPLIT": True,
         "GROUPS": groups,
@@ -123,8 +123,8 @@ def largest(dtype: str, bits: int) -> str:
 def rows(dtype: str, bits: int) -> str:
     signature = {"x_ptr": f"*{dtype}", "index_ptr": "*i32", "out_ptr": f"*{dtype}"}
     signature |= dict.fromkeys(("in_features", "groups", "fresh"), "i32")
-    flags = {"UP": bits > 4, "HALF": True, "SHORT": True, "INDEXED": True, "ONCE": bits < 8, "PDL": True}
-    constants = {**flags, "BITS": bits, "SPAN": 2.0**bits, "GROUP": 32, "COLUMNS": 32, "BLOCK": 128}
+    flags = {"UP": bits > 4, "HALF": True, "SHORT": True, "INDEXED": True, "PDL": True}
+    constants = {**flags, "BITS": bits, "SPAN": 2.0**bits, "GROUP": 32, "COLUMNS": 32, "BLOCK": 128, "PART": 64}
     return ptx(gathered_rows_kernel, signature, constants, 8, ASTSource)
 
 

@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="the kernels need Triton's compiler")
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # Places of each kernel's parameters in PTX: its weight and index, which a graph does not write, planes first.
-DECODE = {"planes": (1, 2, 3), "others": (4, 6, 7)}
-MATMUL = {"planes": (5, 10, 15), "others": (20, 22)}
+DECODE = {"planes": (1, 2, 3), "others": (4, 5, 6, 7)}
+MATMUL = {"planes": (5, 10, 15), "others": (20, 21, 22)}
 TILES = ("matmul", "smallest", "three", "largest")
 CONSTANTS = {
     **dict.fromkeys(TILES, MATMUL),
@@ -118,12 +118,21 @@ def test_nothing_lies_in_local_memory(ptx: dict[str, str]) -> None:
 def test_decoding_reads_planes_in_16_bytes_and_multiplies_on_tensor_cores(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
         if name.startswith(("decode", "residual", "normed", "gated")):
-            # One block of each lane's columns: 16 products for a tile of 16 rows and a warp's 512 columns, twice over.
+            # One block of each lane's columns: 16 products for a tile of 16 rows and a warp's 512 columns, twice over,
+            # for two tiles.
             products = len(re.findall(r"mma\.sync\.aligned\.m16n8k16", text))
-            assert products == 32, (name, products)
+            assert products == 64, (name, products)
             planes = {"2": 1, "4": 2, "8": 4}[name[-1]]
             wide = len(re.findall(r"ld\.global\.v4\.b32", text))
-            assert wide >= 4 * planes, (name, wide)
+            assert wide >= 8 * planes, (name, wide)
+
+
+def test_decoding_asks_for_all_that_is_ahead_before_it_waits(ptx: dict[str, str]) -> None:
+    for name, text in ptx.items():
+        if name.startswith(("decode", "residual", "normed", "gated")):
+            planes = {"2": 1, "4": 2, "8": 4}[name[-1]]
+            ahead = text[: text.rindex("griddepcontrol.wait")]
+            assert len(re.findall(r"ld\.global\.v4\.b32", ahead)) == 8 * planes, name
 
 
 def test_a_few_rows_share_a_block_of_the_weight(ptx: dict[str, str]) -> None:
@@ -138,8 +147,9 @@ def test_a_few_rows_share_a_block_of_the_weight(ptx: dict[str, str]) -> None:
 def test_what_follows_the_products_waits_for_no_memory(ptx: dict[str, str]) -> None:
     for name, text in ptx.items():
         kind, _, setting = name.partition("_")
-        if kind in ("residual", "normed", "gated"):
+        if kind in ("decode", "dynamic", "residual", "normed", "gated"):
             assert "ld.global" not in text[text.rindex("mma.sync") :], name
+        if kind in ("residual", "normed", "gated"):
             # The norm of a row is summed within each warp: warps exchange nothing but the products' sums.
             assert text.count("bar.sync") == ptx[f"decode_{setting}"].count("bar.sync"), name
 

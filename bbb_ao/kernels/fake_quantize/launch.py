@@ -19,6 +19,7 @@ gathered_rows_kernel: Any = row_kernel.gathered_rows_kernel
 # Elements of a program's tile, and its warps: 16 elements a thread, which the backward pass keeps in registers.
 TILE = 2048
 WARPS = 4
+ROW_PROGRAMS = 128  # of `gathered_rows_kernel` at least, where the rows have as many groups
 ROW_TILE = 16384  # elements of a token that one program of `gathered_rows_kernel` keeps in registers
 
 
@@ -131,7 +132,7 @@ def forward(
 
 
 def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, group_size: int) -> Tensor:
-    """Activations gathered by `index` and fake-quantized, in one launch: one program for each token.
+    """Activations gathered by `index` and fake-quantized, in one launch: some programs for each token.
 
     Args:
         x: [M, in_features], contiguous, at most 32 bits an element.
@@ -144,7 +145,8 @@ def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, g
     if out.numel():
         groups, columns = features // group_size, triton.next_power_of_2(group_size)
         block = min(triton.next_power_of_2(groups), max(1, ROW_TILE // columns))
-        gathered_rows_kernel[(x.shape[0],)](
+        part = max(1, min(block, triton.next_power_of_2(groups * x.shape[0]) // ROW_PROGRAMS))
+        gathered_rows_kernel[(x.shape[0], triton.cdiv(groups, part))](
             x,
             x if index is None else index,
             out,
@@ -159,9 +161,9 @@ def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, g
             GROUP=group_size,
             COLUMNS=columns,
             BLOCK=block,
-            ONCE=block >= groups,
+            PART=part,
             enable_fp_fusion=False,
-            num_warps=max(WARPS, min(16, block * columns // 512)),
+            num_warps=max(WARPS, min(16, block * columns // 256)),
             **dependent_launch(x.device),
         )
     return out

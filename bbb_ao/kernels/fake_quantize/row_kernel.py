@@ -1,4 +1,4 @@
-"""The forward pass of activations for deployment: gather and fake quantization of each token in one program.
+"""The forward pass of activations for deployment: gather and fake quantization of each token in one launch.
 
 The arithmetic is that of `triton_kernels`, values are the reference's bit for bit.
 """
@@ -72,13 +72,13 @@ def gathered_rows_kernel(
     GROUP: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    ONCE: tl.constexpr,
+    PART: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token's activations, gathered by the index: out = step * level, 0 where the index says padding.
+    """A part of one token's activations, gathered by the index: out = step * level, 0 where the index says padding.
 
-    With ONCE a tile is the whole row, which is then read once and stays in registers. What is read first is the index:
-    see `dependent_launch`.
+    Every program reads the whole row, BLOCK groups at a time, for its second level, and writes PART groups of it. The
+    index is read before the launches before are complete: see `dependent_launch`.
     """
     if PDL:
         if fresh != 0:
@@ -86,25 +86,23 @@ def gathered_rows_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     row_ptr, out_ptr = x_ptr + row * in_features, out_ptr + row * groups * GROUP
-    group, element = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
+    element = tl.arange(0, COLUMNS)[None, :]
+    group = tl.arange(0, BLOCK)[:, None]
     mask = (group < groups) & (element < GROUP)
     source, present = _source(index_ptr, group * GROUP + element, mask, in_features, INDEXED)
+    own = tl.program_id(1) * PART + tl.arange(0, PART)[:, None]
+    own_mask = (own < groups) & (element < GROUP)
+    own_source, own_present = _source(index_ptr, own * GROUP + element, own_mask, in_features, INDEXED)
     if PDL:
         gdc_wait()
     x = tl.load(row_ptr + source, mask=present, other=0.0).to(tl.float32)
+    own_x = tl.load(row_ptr + own_source, mask=own_present, other=0.0).to(tl.float32)
     _, _, largest, _ = _span_scale(x, SPAN, HALF, False, True)
-    if not ONCE:
-        for first in range(BLOCK, groups, BLOCK):
-            mask = (first + group < groups) & (element < GROUP)
-            x, _ = _gather(row_ptr, index_ptr, (first + group) * GROUP + element, mask, in_features, INDEXED)
-            _, _, scale, _ = _span_scale(x, SPAN, HALF, False, True)
-            largest = tl.maximum(largest, scale)
+    for first in range(BLOCK, groups, BLOCK):
+        mask = (first + group < groups) & (element < GROUP)
+        x, _ = _gather(row_ptr, index_ptr, (first + group) * GROUP + element, mask, in_features, INDEXED)
+        _, _, scale, _ = _span_scale(x, SPAN, HALF, False, True)
+        largest = tl.maximum(largest, scale)
     exponent = _scale_exponent(tl.max(largest, 0).to(tl.int32, bitcast=True))
-    if ONCE:
-        _write_activations(out_ptr, group * GROUP + element, mask, x, present, exponent, BITS, SPAN, HALF, UP, SHORT)
-    else:
-        for first in range(0, groups, BLOCK):
-            column = (first + group) * GROUP + element
-            mask = (first + group < groups) & (element < GROUP)
-            x, present = _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED)
-            _write_activations(out_ptr, column, mask, x, present, exponent, BITS, SPAN, HALF, UP, SHORT)
+    column = own * GROUP + element
+    _write_activations(out_ptr, column, own_mask, own_x, own_present, exponent, BITS, SPAN, HALF, UP, SHORT)

@@ -36,6 +36,12 @@ def quad_layout(warps):
     return gl.DistributedLinearLayout([[0, 8, 0]], lanes, warp_bases, [], [warps, 16, 4])
 
 
+@gluon.constexpr_function
+def turns_of_warps(blocks, warps):
+    """How often a program's warps, with four blocks each, go on along a row."""
+    return -(-blocks // (4 * warps))
+
+
 @gluon.jit
 def load_planes(high_ptr, mid_ptr, low_ptr, row, block, offset, NB: gl.constexpr, R: gl.constexpr, word: gl.constexpr):
     """Words (of the type `word`) of each plane that R needs, for a tile of 16 rows; block and offset (words in it)."""
@@ -194,42 +200,59 @@ def row_factors(exponent_ptr, rows, N, R: gl.constexpr, EXPONENTS: gl.constexpr)
 
 
 @gluon.jit
-def finished(y, exponent_ptr, bias_ptr, rows, N, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
-    """y * 2**(exponent + 2 - R) + bias in float32, for sums y of these rows of the weight."""
-    y *= row_factors(exponent_ptr, rows, N, R, EXPONENTS)
+def row_biases(bias_ptr, rows, N, BIASED: gl.constexpr):
+    """bias of these rows of the weight, float32; 0 without one."""
     if BIASED:
-        y += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
-    return y
+        bias = gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+    else:
+        bias = 0.0
+    return bias
 
 
 @gluon.jit
 def row_sums(total, M: gl.constexpr, UNIT: gl.constexpr):
     """One tile summed over columns and warps in a fixed order: for each of M rows of x, [16] float32."""
+    WARPS: gl.constexpr = total.shape[0]
+    # Every thread adds up all warps of a row, so that they meet once.
     if M == 1:
-        y = (gl.sum(gl.sum(total, 2), 0) * UNIT,)
+        layout: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [0, 1])
+        y = (gl.sum(gl.convert_layout(gl.sum(total, 2), layout), 0) * UNIT,)
     else:
-        pairs = gl.sum(gl.sum(total.reshape([total.shape[0], 16, 4, 2]), 2), 0) * UNIT
-        y = gl.convert_layout(pairs, gl.BlockedLayout([1, 2], [32, 1], [total.shape[0], 1], [1, 0])).split()
+        layout: gl.constexpr = gl.BlockedLayout([WARPS, 1, 2], [1, 32, 1], [1, WARPS, 1], [2, 0, 1])
+        pairs = gl.convert_layout(gl.sum(total.reshape([WARPS, 16, 4, 2]), 2), layout)
+        y = (gl.sum(pairs, 0) * UNIT).split()
     return y
 
 
 @gluon.jit
-def store_tile(
-    total,
-    y_ptr,
-    exponent_ptr,
-    bias_ptr,
-    first,
-    N,
-    R: gl.constexpr,
-    M: gl.constexpr,
-    EXPONENTS: gl.constexpr,
-    BIASED: gl.constexpr,
-    UNIT: gl.constexpr,
-):
-    """Sum one tile, scale, add the bias and write."""
+def places_of_sums(M: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
+    """0 to 15 as `row_sums` gives the rows of a tile of `layout`, [WARPS, 16, 8]."""
+    sums = row_sums(gl.zeros([WARPS, 16, 8], gl.float32, layout=layout), M, 1.0)
+    return gl.arange(0, 16, layout=sums[0].type.layout)
+
+
+@gluon.jit
+def tile_factors(exponent_ptr, place, first, step, N, R: gl.constexpr, EXPONENTS: gl.constexpr, TILES: gl.constexpr):
+    """`row_factors` of each tile's rows: those at `place`, from `first` on and `step` further for each tile."""
+    factors = ()
+    for tile in gl.static_range(TILES):
+        factors = factors + (row_factors(exponent_ptr, first + step * tile + place, N, R, EXPONENTS),)
+    return factors
+
+
+@gluon.jit
+def tile_biases(bias_ptr, place, first, step, N, BIASED: gl.constexpr, TILES: gl.constexpr):
+    """`row_biases` of each tile's rows, as in `tile_factors`."""
+    biases = ()
+    for tile in gl.static_range(TILES):
+        biases = biases + (row_biases(bias_ptr, first + step * tile + place, N, BIASED),)
+    return biases
+
+
+@gluon.jit
+def store_tile(total, y_ptr, factor, bias, rows, N, M: gl.constexpr, UNIT: gl.constexpr):
+    """Sum one tile, scale by the factor of its rows, add the bias and write."""
     y = row_sums(total, M, UNIT)
     for m in gl.static_range(M):
-        rows = first + gl.arange(0, 16, layout=y[m].type.layout)
-        value = finished(y[m], exponent_ptr, bias_ptr, rows, N, R, EXPONENTS, BIASED)
+        value = y[m] * factor + bias
         gl.store(y_ptr + m * N + rows, value.to(y_ptr.dtype.element_ty), mask=rows < N)

@@ -31,10 +31,14 @@ from bbb_ao.kernels.packed_linear.blocks import (
     gather,
     let_next_launch,
     load_tile,
+    places_of_sums,
     quad_places,
     start_launch,
     store_tile,
+    tile_biases,
+    tile_factors,
     tile_places,
+    turns_of_warps,
     wait_for_launches,
 )
 
@@ -230,11 +234,12 @@ def start_tiles(
     ZB: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
     GATED: gl.constexpr = False,
 ):
-    """(a program's first row of the weight, places in a tile, planes and packed scales of the first tile).
+    """(a program's first row of the weight, places in a tile, planes and packed scales of its first AHEAD steps).
 
-    Nothing but constants is read.
+    A step is one tile's part of WARPS * 4 blocks. Nothing but constants is read.
     """
     a_layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(WARPS), 16)
     plain = tile_places(8, WARPS, a_layout)
@@ -242,8 +247,11 @@ def start_tiles(
     qn, q_first, q_block = plain[1]
     places = ((rows_of_tile(an, N, GATED), a_first, a_block, a_word), (rows_of_tile(qn, N, GATED), q_first, q_block))
     first = gl.program_id(0) * tile_step(GATED) * TILES
-    planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int16)
-    return first, places, planes, packed
+    loaded = ()
+    for step in gl.static_range(min(AHEAD, TILES * turns_of_warps(NB, WARPS))):
+        row = first + step % TILES * tile_step(GATED)
+        loaded = loaded + (load_tile(weight, places, row, step // TILES * (4 * WARPS), N, NB, R, ZB, gl.int16),)
+    return first, places, loaded
 
 
 @gluon.jit
@@ -263,14 +271,15 @@ def tile_totals(
     INDEXED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
     GATED: gl.constexpr = False,
 ):
     """Sums of each of a program's tiles, for `row_sums`, from what `start_tiles` gave."""
     acc_layout: gl.constexpr = accumulator_layout(WARPS)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 16)
     UNITS: gl.constexpr = code_unit(x_ptr.dtype.element_ty)
-    ITERATIONS: gl.constexpr = (NB + 4 * WARPS - 1) // (4 * WARPS)
-    first, places, planes, packed = started
+    TURNS: gl.constexpr = turns_of_warps(NB, WARPS)
+    first, places, loaded = started
     bw = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))[:, None, None]
     bk = gl.arange(0, 64, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
     bc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
@@ -279,8 +288,8 @@ def tile_totals(
     totals = ()
     for _ in gl.static_range(TILES):
         totals = totals + (zeros,)
-    for it in gl.static_range(ITERATIONS):
-        base = it * WARPS * 4
+    for turn in gl.static_range(TURNS):
+        base = turn * WARPS * 4
         operands = _block_diagonal(
             x_ptr,
             index_ptr,
@@ -297,14 +306,14 @@ def tile_totals(
         sums = _group_sums(x_ptr, index_ptr, base, in_features, NB, M, INDEXED, WARPS, UNITS, acc_layout)
         added = ()
         for tile in gl.static_range(TILES):
-            high, mid, even, odd = planes
+            # The loads of a later step go out before this one's work.
+            if turn * TILES + tile + AHEAD < TURNS * TILES:
+                row = first + (tile + AHEAD) % TILES * tile_step(GATED)
+                block = base + (tile + AHEAD) // TILES * (4 * WARPS)
+                loaded = loaded + (load_tile(weight, places, row, block, N, NB, R, ZB, gl.int16),)
+            planes, packed = loaded[turn * TILES + tile]
             scale, zero = packed
-            # The next tile's loads go out before this one's work.
-            if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
-                next_first = first + (tile + 1) % TILES * tile_step(GATED)
-                next_base = base + (tile + 1) // TILES * (4 * WARPS)
-                planes, packed = load_tile(weight, places, next_first, next_base, N, NB, R, ZB, gl.int16)
-            words = assemble(high, mid, even, odd, R)
+            words = assemble(planes[0], planes[1], planes[2], planes[3], R)
             total = totals[tile]
             for flush in gl.static_range(2 * M):
                 total = _add_flush(total, words, scale, zero, operands, sums, x_ptr, flush, R, MASK, H, ZB, M)
@@ -339,19 +348,23 @@ def decode_kernel(
     BIASED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """y[m, n] for M = 1 or 2 rows of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
     start_launch(fresh, PDL)
     let_next_launch(PDL)
     weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
-    started = start_tiles(weight, N, NB, R, ZB, TILES, WARPS)
+    started = start_tiles(weight, N, NB, R, ZB, TILES, WARPS, AHEAD)
+    first = started[0]
+    place = places_of_sums(M, WARPS, accumulator_layout(WARPS))
+    # Not behind the product, where all would wait for them.
+    factors = tile_factors(exponent_ptr, place, first, 16, N, R, EXPONENTS, TILES)
     wait_for_launches(PDL)
+    biases = tile_biases(bias_ptr, place, first, 16, N, BIASED, TILES)
     totals = tile_totals(
-        started, weight, x_ptr, index_ptr, in_features, N, NB, R, MASK, H, ZB, M, INDEXED, TILES, WARPS
+        started, weight, x_ptr, index_ptr, in_features, N, NB, R, MASK, H, ZB, M, INDEXED, TILES, WARPS, AHEAD
     )
     UNIT: gl.constexpr = 1.0 / code_unit(x_ptr.dtype.element_ty)
     for tile in gl.static_range(TILES):
-        store_tile(
-            totals[tile], y_ptr, exponent_ptr, bias_ptr, started[0] + 16 * tile, N, R, M, EXPONENTS, BIASED, UNIT
-        )
+        store_tile(totals[tile], y_ptr, factors[tile], biases[tile], first + 16 * tile + place, N, M, UNIT)

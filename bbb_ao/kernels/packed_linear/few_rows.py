@@ -22,14 +22,15 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from bbb_ao.kernels.packed_linear import ptx
 from bbb_ao.kernels.packed_linear.blocks import (
     assemble,
-    finished,
     gather,
     group_offset,
     group_scale,
     let_next_launch,
     load_planes,
     load_scales,
+    row_biases,
     start_launch,
+    tile_factors,
     wait_for_launches,
 )
 from bbb_ao.kernels.packed_linear.decode import accumulator_layout, code_unit, codes_in_place, factor_of_codes
@@ -199,17 +200,20 @@ def _add_tile(
     return total
 
 
+@gluon.constexpr_function
+def _sums_layout(warps):
+    """[warps, 16 rows of the weight, 8 of x], all warps in each thread."""
+    return gl.BlockedLayout([warps, 1, 1], [1, 16, 2], [1, 1, warps], [0, 1, 2])
+
+
 @gluon.jit
-def _store(
-    total, y_ptr, exponent_ptr, bias_ptr, tile, N, M, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr
-):
-    """Sum a tile over its warps, scale, add the bias and write."""
-    WARPS: gl.constexpr = total.shape[0]
-    layout: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 16, 2], [1, 1, WARPS], [0, 1, 2])
-    y = gl.sum(gl.convert_layout(total, layout), 0) * (1.0 / code_unit(y_ptr.dtype.element_ty))
-    n = tile + gl.arange(0, 16, layout=gl.SliceLayout(1, y.type.layout))[:, None]
+def _store(total, y_ptr, factor, bias_ptr, n, N, M, BIASED: gl.constexpr):
+    """Sum a tile over its warps, scale by the factor of its rows n, [16, 1], add the bias and write."""
+    bias = row_biases(bias_ptr, n, N, BIASED)
+    total = gl.convert_layout(total, _sums_layout(total.shape[0]))
+    y = gl.sum(total, 0) * (1.0 / code_unit(y_ptr.dtype.element_ty))
     m = gl.arange(0, 8, layout=gl.SliceLayout(0, y.type.layout))[None, :]
-    y = finished(y, exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED)
+    y = y * factor + bias
     gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
 
 
@@ -256,6 +260,8 @@ def few_rows_kernel(
     step = gl.num_programs(0) * 16 * TILES
     start = gl.program_id(0) * 16 * TILES
     planes, packed = _load_tile(weight, of_weight, start, 0, N, NB, R, ZB, SPAN)
+    place = gl.arange(0, 16, layout=gl.SliceLayout(1, gl.SliceLayout(0, _sums_layout(WARPS))))[:, None]
+    factors = tile_factors(exponent_ptr, place, start, 16, N, R, EXPONENTS, TILES)
     wait_for_launches(PDL)
     zeros = gl.zeros([WARPS, 16, 8], gl.float32, layout=acc_layout)
     if TURNS == 1:
@@ -286,4 +292,5 @@ def few_rows_kernel(
                 added = added + (total,)
             totals = added
         for tile in gl.static_range(TILES):
-            _store(totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, M, R, EXPONENTS, BIASED)
+            _store(totals[tile], y_ptr, factors[tile], bias_ptr, first + 16 * tile + place, N, M, BIASED)
+        factors = tile_factors(exponent_ptr, place, first + step, 16, N, R, EXPONENTS, TILES)

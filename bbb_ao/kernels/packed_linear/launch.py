@@ -20,6 +20,7 @@ from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.packed_linear.counts import lasting_counts
 from bbb_ao.kernels.packed_linear.decode import decode_kernel
 from bbb_ao.kernels.packed_linear.few_rows import few_rows_kernel
+from bbb_ao.kernels.packed_linear.shared_tile import columns_turned
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
 from bbb_ao.kernels.packed_linear.warpgroup import matmul_kernel
 from bbb_ao.kernels.packing.planes import BLOCK
@@ -34,23 +35,26 @@ PROGRAMS = {
     (16, 2): (3, 56, 72),
     (32, 2): (2, 80, 104),
     (64, 2): (2, 80, 104),
+    (64, 3): (1, 128, 160),
     (128, 2): (1, 168, 240),
     (128, 3): (1, 128, 160),
     (256, 2): (1, 168, 240),
 }
 SHARED_BYTES = 227 * 1024
 OTHER_BYTES = 1024  # at most: barriers, and what groups of warps are handed
-# (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
+# (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler,
+# parts of a tile, as many columns as the warps take at once, that are loaded ahead)
 DECODE_SETTINGS: list[Settings] = [
-    (1, 4, 0),
-    (1, 4, 96),
-    (1, 4, 128),
-    (1, 8, 0),
-    (1, 8, 128),
-    (1, 16, 0),
-    (2, 4, 0),
-    (2, 8, 0),
-    (2, 8, 128),
+    (1, 4, 0, 1),
+    (1, 4, 96, 1),
+    (1, 4, 128, 1),
+    (1, 8, 0, 1),
+    (1, 8, 96, 1),
+    (1, 8, 128, 1),
+    (1, 16, 0, 1),
+    (2, 4, 0, 1),
+    (2, 8, 0, 1),
+    (2, 8, 168, 2),
 ]
 # (tiles at a time, blocks side by side for each warp, warps, programs that share a multiprocessor)
 FEW_ROWS_SETTINGS: list[Settings] = [
@@ -141,13 +145,14 @@ def decode_linear(
     arguments, constants = row_arguments(rows, planes, scales, index, bias, settings, y)
 
     def run(choice: Settings) -> None:
-        tiles, warps, registers = choice
+        tiles, warps, registers, ahead = choice
         kernel[(triton.cdiv(count, 16 * tiles),)](
             *arguments,
             **constants,
             M=rows.shape[0],
             TILES=tiles,
             WARPS=warps,
+            AHEAD=ahead,
             num_warps=warps,
             **dependent_launch(rows.device),
             **({"maxnreg": registers} if registers else {}),
@@ -229,11 +234,14 @@ def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: in
     return list(choices.values())
 
 
-def pipeline_stages(size: int, groups: int, container: int) -> int:
-    """Blocks of activations and planes that fit into a program's share of the shared memory."""
-    turned = groups * GROUP_ROWS * ROW_TILES[0] * 2  # where y is turned round before it is written
+def pipeline_stages(size: int, groups: int, container: int, programs: int) -> int:
+    """Blocks of activations and planes in a program's share of the shared memory, `programs` to a multiprocessor.
+
+    So many fit there and no more: of a launch that starts early, programs would crowd where the first ones get free.
+    """
+    turned = groups * GROUP_ROWS * columns_turned(size) * 2  # where y is turned round before it is written
     block = size * 2 * BLOCK + groups * GROUP_ROWS * 32 * (container // 2)
-    return max(2, min(6, (SHARED_BYTES // PROGRAMS[size, groups][0] - turned - OTHER_BYTES) // block))
+    return max(2, (SHARED_BYTES // min(programs, PROGRAMS[size, groups][0]) - turned - OTHER_BYTES) // block)
 
 
 @cache
@@ -251,6 +259,7 @@ def warpgroup_linear(
     """Any number of rows, [M, K] contiguous, through `matmul_kernel`: [M, out_features]."""
     rows, features = columns.shape
     count = planes[0].shape[0]
+    device = columns.get_device()
     y = columns.new_empty(rows, count)
     codes = kernel_codes(planes, settings)
     pointers = kernel_pointers(planes, scales)
@@ -284,7 +293,7 @@ def warpgroup_linear(
             EXPONENTS=scales[1].dim() == 1,
             BIASED=bias is not None,
             BM=size,
-            STAGES=pipeline_stages(size, groups, int(codes["R"])),
+            STAGES=pipeline_stages(size, groups, int(codes["R"]), triton.cdiv(programs, _multiprocessors(device))),
             STEP=step,
             SPLIT=split,
             GROUPS=groups,
@@ -294,7 +303,6 @@ def warpgroup_linear(
             **dependent_launch(columns.device),
         )
 
-    device = columns.get_device()
     candidates = warpgroup_settings(rows, count, features, _multiprocessors(device))
     bucket = next(size for size in (16, 32, 64, 128, 256, 512, WARPGROUP_ROWS) if size >= rows)
     key = f"matmul {count}x{features} {codes['R']} bits, {bucket} rows"

@@ -19,14 +19,14 @@ def place(quarter, R):
 
 @gluon.constexpr_function
 def splat(value, dtype):
-    """A signed power of two or 0, twice in a 32-bit word."""
-    from math import frexp  # Triton refuses it among a kernel's globals.
+    """A number that has no more bits than the type, twice in a 32-bit word."""
+    from struct import pack, unpack  # Triton refuses it among a kernel's globals.
 
-    if value == 0:
-        return 0
-    exponent = frexp(abs(value))[1] - 1
-    bits = (exponent + 127) << 7 if dtype == gl.bfloat16 else (exponent + 15) << 10
-    return (bits | (0x8000 if value < 0 else 0)) * 0x00010001
+    if dtype == gl.bfloat16:
+        bits = unpack("<I", pack("<f", value))[0] >> 16
+    else:
+        bits = unpack("<H", pack("<e", value))[0]
+    return bits * 0x00010001
 
 
 @gluon.constexpr_function
@@ -65,28 +65,49 @@ def decode_pair(half):
 
 
 @gluon.constexpr_function
-def scale_pairs(dtype, quarter, H):
-    """($0, $1) = (e4m3 * 2**6, e4m3 * H) in bfloat16, (e4m3 * 2**5, e4m3 * H / 16) in float16; $2 holds four scales."""
-    bf16 = dtype == gl.bfloat16
-    move, up = (0x00100010, splat(2.0**126, dtype)) if bf16 else (0x00800080, splat(2.0**13, dtype))
-    half = splat(H * (2.0**-6 if bf16 else 2.0**-9), dtype)
-    take = f"mov.b32 z, {MINUS_ZEROS}; bfe.u32 t, $2, {8 * quarter}, 8; mul.lo.u32 t, t, {move};"
-    scale = f"mov.b32 c, {up}; {fma(dtype)} $0, t, c, z;"
-    return f"{{ .reg .b32 t, c, z; {take} {scale} mov.b32 c, {half}; {fma(dtype)} $1, $0, c, z; }}"
+def adds_half(dtype, R):
+    """Whether zeta * 2**(R-2) - H, and codes less that, are numbers of the type: 8-bit codes need a bit too much."""
+    return dtype != gl.bfloat16 or R < 8
 
 
 @gluon.constexpr_function
-def zero_pair(dtype, quarter, R, ZB):
-    """$0 = -zeta * 2**(R-2) * 2**-6 (bfloat16) or * 2**-9 (float16); $1 holds a block's four zero offsets."""
+def scale_pair(dtype, quarter):
+    """$0 = e4m3 * 2**6 in bfloat16, e4m3 * 2**5 in float16; $1 holds four scales."""
     bf16 = dtype == gl.bfloat16
+    move, up = (0x00100010, splat(2.0**126, dtype)) if bf16 else (0x00800080, splat(2.0**13, dtype))
+    take = f"bfe.u32 t, $1, {8 * quarter}, 8; mul.lo.u32 t, t, {move};"
+    return f"{{ .reg .b32 t, c, z; mov.b32 z, {MINUS_ZEROS}; {take} mov.b32 c, {up}; {fma(dtype)} $0, t, c, z; }}"
+
+
+@gluon.constexpr_function
+def half_pair(dtype, R, H):
+    """$0 = e4m3 * H (bfloat16) or e4m3 * H / 16 (float16) from $1 of `scale_pair`; 0 where `adds_half`."""
+    if adds_half(dtype, R):
+        return f"{{ .reg .b32 t; mov.b32 t, $1; mov.b32 $0, {MINUS_ZEROS}; }}"
+    factor = splat(H * (2.0**-6 if dtype == gl.bfloat16 else 2.0**-9), dtype)
+    return f"{{ .reg .b32 c, z; mov.b32 z, {MINUS_ZEROS}; mov.b32 c, {factor}; {fma(dtype)} $0, $1, c, z; }}"
+
+
+@gluon.constexpr_function
+def zero_pair(dtype, quarter, R, ZB, H):
+    """$0 = (H - zeta * 2**(R-2)) * 2**-6 (bfloat16) or * 2**-9 (float16), H = 0 unless `adds_half`; $1 four offsets."""
+    bf16 = dtype == gl.bfloat16
+    unit = 2.0**-6 if bf16 else 2.0**-9
+    half = H if adds_half(dtype, R) else 0.0
     if ZB == 0:
-        constant = splat(-(2.0 ** (R - 1)) * (2.0**-6 if bf16 else 2.0**-9), dtype)
+        constant = splat((half - 2.0 ** (R - 1)) * unit, dtype)
         return f"{{ .reg .b32 t; mov.b32 t, $1; mov.b32 $0, {constant}; }}"
+    byte, bit = divmod(ZB * quarter, 8)
     # Moved up as far as the code's bits allow, so that the factor stays below the largest float.
-    shift = max(0, R - ZB)
-    factor = splat(-(2.0 ** ((127 if bf16 else 15) + R - ZB - shift)), dtype)
-    take = f"bfe.u32 t, $1, {ZB * quarter}, {ZB}; mul.lo.u32 t, t, {0x00010001 << shift};"
-    return f"{{ .reg .b32 t, c, z; mov.b32 z, {MINUS_ZEROS}; {take} mov.b32 c, {factor}; {fma(dtype)} $0, t, c, z; }}"
+    shift = max(0, R - ZB - bit)
+    factor = splat(-(2.0 ** ((127 if bf16 else 15) + R - ZB - bit - shift)), dtype)
+    take = f"prmt.b32 t, $1, 0, {0x4040 + byte * 0x0101};"
+    if ZB < 8:
+        take += f" and.b32 t, t, {((2**ZB - 1) << bit) * 0x00010001};"
+    if shift:
+        take += f" shl.b32 t, t, {shift};"
+    add = f"mov.b32 z, {splat(half * unit, dtype) or MINUS_ZEROS};"
+    return f"{{ .reg .b32 t, c, z; {add} {take} mov.b32 c, {factor}; {fma(dtype)} $0, t, c, z; }}"
 
 
 @gluon.constexpr_function

@@ -13,16 +13,25 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from bbb_ao.kernels.packed_linear.blocks import finished
+
+@gluon.constexpr_function
+def columns_turned(columns):
+    """Of so many columns of sums, those turned round in shared memory at a time; beside tiles of 256 is less room."""
+    return max(16, min(columns, 64 if columns == 128 else 32))
 
 
 @gluon.jit
-def finish(y, result, m0, n0, R: gl.constexpr, EXPONENTS: gl.constexpr, BIASED: gl.constexpr):
-    """Scale sums [64, columns], add the bias, round, and write y, turned round in shared memory."""
-    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    y_ptr, exponent_ptr, bias_ptr, _, M, N, _, _, _ = result
-    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout))[:, None]
-    y = finished(y, exponent_ptr, bias_ptr, n, N, R, EXPONENTS, BIASED).to(y_ptr.dtype.element_ty)
+def finish(y, result, m0, n0, terms):
+    """Scale sums [64, columns], add the bias, round, and write y, turned round in shared memory.
+
+    Args:
+        terms: (factor, bias) of the rows, [64, 1] each.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([8, columns_turned(y.shape[1]) // 16], [8, 4], [1, 4], [0, 1])
+    y_ptr, _, M, N, _, _, _ = result
+    factor = gl.convert_layout(terms[0], y.type.layout, assert_trivial=True)
+    bias = gl.convert_layout(terms[1], y.type.layout, assert_trivial=True)
+    y = (y * factor + bias).to(y_ptr.dtype.element_ty)
     n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
     m = m0 + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
     gl.store(y_ptr + m.to(gl.int64) * N + n, gl.convert_layout(y, layout), mask=(n < N) & (m < M))
@@ -48,7 +57,7 @@ def _quarters(acc, flat: gl.constexpr):
 @gluon.jit
 def _part(result, team, rank, SIZE: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr):
     """Where a program's part of a tile lies, SIZE floats: its slot for the tile that it starts with, or for others."""
-    _, _, _, parts_ptr, _, _, _, SHARE, _ = result
+    _, parts_ptr, _, _, _, SHARE, _ = result
     tile, NB, first, _, _ = team
     program = first + rank
     slot = 2 * program + (tile * NB > program * SHARE).to(gl.int32)
@@ -136,11 +145,9 @@ def share(
     tile,
     m0,
     n0,
+    terms,
     NB,
     GROUP: gl.constexpr,
-    R: gl.constexpr,
-    EXPONENTS: gl.constexpr,
-    BIASED: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
     """Finish a tile of sums [64, BM], with the other programs that have columns of it.
@@ -148,11 +155,11 @@ def share(
     The tile's counter holds arrivals in bits 0 to 11, in 12 to 15 the owners who gave up, and above them how often all
     came; each launch leaves the lower bits at zero.
     """
-    _, _, _, _, _, _, count_ptr, SHARE, polls = result
+    _, _, _, _, count_ptr, SHARE, polls = result
     first = tile * NB // SHARE
     programs = (tile * NB + NB - 1) // SHARE - first + 1
     if programs == 1:
-        finish(acc, result, m0, n0, R, EXPONENTS, BIASED)
+        finish(acc, result, m0, n0, terms)
     else:
         flat: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
         pieces = _quarters(acc, flat)
@@ -196,4 +203,4 @@ def share(
             for at in gl.static_range(len(pieces)):
                 if mine >> at % owners & 1 != 0:
                     y = sums[at].reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5])
-                    finish(y.reshape([64, COLUMNS]), result, m0 + at * COLUMNS, n0, R, EXPONENTS, BIASED)
+                    finish(y.reshape([64, COLUMNS]), result, m0 + at * COLUMNS, n0, terms)

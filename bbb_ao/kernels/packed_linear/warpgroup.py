@@ -30,6 +30,8 @@ from bbb_ao.kernels.packed_linear.blocks import (
     assemble,
     let_next_launch,
     load_scales,
+    row_biases,
+    row_factors,
     start_launch,
     wait_for_launches,
 )
@@ -70,16 +72,12 @@ def _decode_half(
     dtype = x_desc.dtype
     fields = ()
     for i in gl.static_range(2):
-        s, h = gl.inline_asm_elementwise(
-            ptx.scale_pairs(dtype, 2 * HALF + i, H),
-            "=r,=r,r",
-            [scale],
-            dtype=(gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
+        s = gl.inline_asm_elementwise(
+            ptx.scale_pair(dtype, 2 * HALF + i), "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1
         )
+        h = gl.inline_asm_elementwise(ptx.half_pair(dtype, R, H), "=r,r", [s], dtype=gl.int32, is_pure=True, pack=1)
         z = gl.inline_asm_elementwise(
-            ptx.zero_pair(dtype, 2 * HALF + i, R, ZB), "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1
+            ptx.zero_pair(dtype, 2 * HALF + i, R, ZB, H), "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1
         )
         for hb in gl.static_range(2):
             word = words[(2 * HALF + i) % (R // 2)]
@@ -185,10 +183,10 @@ def _consume(
 ):
     """Four warps: 64 rows of the weight, BM rows of x. Groups drift apart: one decodes while another multiplies."""
     operands, buffers, extent = work
-    x_desc, scale_ptr, zero_ptr, result = operands
+    x_desc, scale_ptr, zero_ptr, exponent_ptr, bias_ptr, result = operands
     xs, ws, ready, free = buffers
     start, end, NB, row_tiles = extent
-    N = result[5]
+    N = result[3]
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     UNIT: gl.constexpr = 1.0 if x_desc.dtype == gl.bfloat16 else 16.0
@@ -198,6 +196,10 @@ def _consume(
         n0 = (tile % row_tiles * GROUPS + GROUP) * 64
         row = gl.minimum(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout)), N - 1)[:, None]
         scale, zero = load_scales(scale_ptr, zero_ptr, row, first, last, NB, ZB)
+        n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_layout))[:, None]
+        # Not behind the products, where all would wait for them.
+        zeros = gl.zeros([64, 1], gl.float32, layout=acc_layout)
+        factor = zeros + row_factors(exponent_ptr, n, N, R, EXPONENTS)
         acc = gl.zeros([64, BM], gl.float32, layout=acc_layout)
         for step in range((last - first) // STEP):
             running = ()
@@ -227,10 +229,11 @@ def _consume(
         # The activations came, so that the launches before are complete; this makes what they wrote visible here too.
         wait_for_launches(PDL)
         m0 = tile // row_tiles * BM
+        terms = (factor, zeros + row_biases(bias_ptr, n, N, BIASED))
         if SPLIT:
-            share(acc * UNIT, result, tile, m0, n0, NB, GROUP, R, EXPONENTS, BIASED, GROUPS)
+            share(acc * UNIT, result, tile, m0, n0, terms, NB, GROUP, GROUPS)
         else:
-            finish(acc * UNIT, result, m0, n0, R, EXPONENTS, BIASED)
+            finish(acc * UNIT, result, m0, n0, terms)
 
 
 @gluon.jit(do_not_specialize=["M", "NB", "SHARE", "polls", "fresh"])
@@ -284,8 +287,8 @@ def matmul_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
-    result = (y_ptr, exponent_ptr, bias_ptr, parts_ptr, M, N, count_ptr, SHARE, polls)
-    operands = (x_desc, scale_ptr, zero_ptr, result)
+    result = (y_ptr, parts_ptr, M, N, count_ptr, SHARE, polls)
+    operands = (x_desc, scale_ptr, zero_ptr, exponent_ptr, bias_ptr, result)
     buffers = (xs, ws, ready, free)
     extent = (start, end, NB, row_tiles)
     work = (operands, buffers, extent)

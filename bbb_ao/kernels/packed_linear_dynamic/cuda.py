@@ -24,16 +24,18 @@ from bbb_ao.kernels.packed_linear_dynamic.decode import dynamic_decode_kernel
 from bbb_ao.kernels.packed_linear_dynamic.reference import packed_linear_dynamic_reference
 from bbb_ao.kernels.packing.planes import BLOCK
 
-# (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler)
+# As for `decode_linear`.
 DECODE_SETTINGS: list[Settings] = [
-    (1, 8, 0),
-    (1, 8, 64),
-    (1, 8, 96),
-    (1, 8, 128),
-    (2, 8, 0),
-    (1, 4, 0),
-    (2, 4, 0),
-    (1, 16, 0),
+    (1, 8, 0, 1),
+    (1, 8, 96, 1),
+    (1, 8, 128, 1),
+    (2, 8, 0, 2),
+    (2, 8, 168, 2),
+    (3, 4, 168, 3),
+    (4, 8, 168, 4),
+    (1, 4, 0, 1),
+    (2, 4, 0, 1),
+    (1, 16, 0, 1),
 ]
 UNROLLED = 8  # tiles times turns over the columns in one program, at most: more take long to compile
 
@@ -89,7 +91,7 @@ def dynamic_decode(
     arguments, constants = row_arguments(row, planes, scales, index, bias, settings, y)
 
     def run(choice: Settings) -> None:
-        tiles, warps, registers = choice
+        tiles, warps, registers, ahead = choice
         dynamic_decode_kernel[(triton.cdiv(count, 16 * tiles),)](
             *arguments,
             **constants,
@@ -97,13 +99,14 @@ def dynamic_decode(
             ACT_HALF=act_settings[1],
             TILES=tiles,
             WARPS=warps,
+            AHEAD=ahead,
             num_warps=warps,
             **dependent_launch(row.device),
             **({"maxnreg": registers} if registers else {}),
         )
 
-    turns = {warps: triton.cdiv(features, 4 * BLOCK * warps) for _, warps, _ in DECODE_SETTINGS}
-    candidates = [each for each in DECODE_SETTINGS if each[0] * turns[each[1]] <= UNROLLED] or [(1, 16, 0)]
+    turns = {warps: triton.cdiv(features, 4 * BLOCK * warps) for _, warps, _, _ in DECODE_SETTINGS}
+    candidates = [each for each in DECODE_SETTINGS if each[0] * turns[each[1]] <= UNROLLED] or [(1, 16, 0, 1)]
     key = f"dynamic decode {count}x{features} {constants['R']} bits"
     with torch.cuda.device(row.device):
         run(settings_for(key, candidates, run, row.get_device()))

@@ -30,11 +30,15 @@ from bbb_ao.kernels.packed_linear.blocks import (
     group_scale,
     let_next_launch,
     load_tile,
+    places_of_sums,
     quad_layout,
     quad_places,
     start_launch,
     store_tile,
+    tile_biases,
+    tile_factors,
     tile_places,
+    turns_of_warps,
     wait_for_launches,
 )
 from bbb_ao.kernels.packed_linear_dynamic.quantize_row import MAGIC_BITS, quantized_row
@@ -128,6 +132,7 @@ def dynamic_decode_kernel(
     BIASED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """y[n] for one row of x and 16 * TILES rows of the weight; NB blocks of 128 columns."""
@@ -139,7 +144,7 @@ def dynamic_decode_kernel(
     q_layout: gl.constexpr = quad_layout(WARPS)
     byte_layout: gl.constexpr = _byte_layout(WARPS)
     factor_layout: gl.constexpr = _factor_layout(WARPS)
-    ITERATIONS: gl.constexpr = (NB + 4 * WARPS - 1) // (4 * WARPS)
+    TURNS: gl.constexpr = turns_of_warps(NB, WARPS)
     places = tile_places(16, WARPS, a_layout)
     bk = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
     bc = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, b_layout)))[None, None, :]
@@ -149,38 +154,44 @@ def dynamic_decode_kernel(
     ones_mask = gl.where(diagonal & (bc % 2 == 1), full, 0)
     first = gl.program_id(0) * 16 * TILES
     weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
-    planes, packed = load_tile(weight, places, first, 0, N, NB, R, ZB, gl.int8)
+    loaded = ()
+    for step in gl.static_range(min(AHEAD, TILES * TURNS)):
+        row = first + 16 * (step % TILES)
+        loaded = loaded + (load_tile(weight, places, row, step // TILES * (4 * WARPS), N, NB, R, ZB, gl.int8),)
+    place = places_of_sums(1, WARPS, acc_layout)
+    factors = tile_factors(exponent_ptr, place, first, 16, N, R, EXPONENTS, TILES)
     # The compiler moves no load over a barrier: those of the planes are under way while the row is quantized.
     tl.debug_barrier()
     wait_for_launches(PDL)
-    stored, ones = quantized_row(x_ptr, index_ptr, in_features, NB, ITERATIONS, R, ACT_BITS, ACT_HALF, INDEXED, WARPS)
+    biases = tile_biases(bias_ptr, place, first, 16, N, BIASED, TILES)
+    stored = quantized_row(x_ptr, index_ptr, in_features, NB, TURNS, R, ACT_BITS, ACT_HALF, INDEXED, WARPS)
     zeros = gl.zeros([WARPS, 16, 4], gl.float32, layout=q_layout)
     start = gl.full([WARPS, 16, 8], MAGIC_BITS, gl.int32, layout=acc_layout)
     totals = ()
     for _ in gl.static_range(TILES):
         totals = totals + (zeros,)
-    for it in gl.static_range(ITERATIONS):
-        bytes, placed, shifted, totals_x = stored[it]
-        codes = _quarters(bytes.load(byte_layout).permute((1, 2, 0)), 2, b_layout)
+    for turn in gl.static_range(TURNS):
+        codes = _quarters(stored[turn][0].load(byte_layout).permute((1, 2, 0)), 2, b_layout)
         present = codes
         if INDEXED:
-            present = _quarters(ones[it].load(byte_layout).permute((1, 2, 0)), 2, b_layout)
+            present = _quarters(stored[turn][4].load(byte_layout).permute((1, 2, 0)), 2, b_layout)
         operands = ()
         for quarter in gl.static_range(4):
             one = present[quarter] if INDEXED else gl.full_like(codes[quarter], 1)
             operands = operands + (_block_diagonal(codes[quarter], one, codes_mask, ones_mask),)
-        of_product = _quarters(placed.load(factor_layout), 1, q_layout)
-        of_count = _quarters(shifted.load(factor_layout), 1, q_layout)
-        of_offset = _quarters(totals_x.load(factor_layout), 1, q_layout)
+        of_product = _quarters(stored[turn][1].load(factor_layout), 1, q_layout)
+        of_count = _quarters(stored[turn][2].load(factor_layout), 1, q_layout)
+        of_offset = _quarters(stored[turn][3].load(factor_layout), 1, q_layout)
         added = ()
         for tile in gl.static_range(TILES):
+            # The loads of a later step go out before this one's work.
+            if turn * TILES + tile + AHEAD < TURNS * TILES:
+                row = first + 16 * ((tile + AHEAD) % TILES)
+                block = (turn + (tile + AHEAD) // TILES) * (4 * WARPS)
+                loaded = loaded + (load_tile(weight, places, row, block, N, NB, R, ZB, gl.int8),)
+            planes, packed = loaded[turn * TILES + tile]
             words = assemble(planes[0], planes[1], planes[2], planes[3], R)
             scale, zero = packed
-            # The next tile's loads go out before this one's work.
-            if (tile + 1 < TILES) | (it + 1 < ITERATIONS):
-                next_first = first + (tile + 1) % TILES * 16
-                next_base = (it + (tile + 1) // TILES) * (4 * WARPS)
-                planes, packed = load_tile(weight, places, next_first, next_base, N, NB, R, ZB, gl.int8)
             total = totals[tile]
             for quarter in gl.static_range(4):
                 a = _codes(words[quarter % (R // 2)], quarter, R, MASK)
@@ -195,4 +206,4 @@ def dynamic_decode_kernel(
             added = added + (total,)
         totals = added
     for tile in gl.static_range(TILES):
-        store_tile(totals[tile], y_ptr, exponent_ptr, bias_ptr, first + 16 * tile, N, R, 1, EXPONENTS, BIASED, 1.0)
+        store_tile(totals[tile], y_ptr, factors[tile], biases[tile], first + 16 * tile + place, N, 1, 1.0)

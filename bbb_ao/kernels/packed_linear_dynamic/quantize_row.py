@@ -135,62 +135,112 @@ def _operand_bytes(value, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def quantized_row(
-    x_ptr,
-    index_ptr,
-    in_features,
+def _round_alone(scale, UP: gl.constexpr):
+    """`_round_e4m3` at any exponent at which the result is neither subnormal nor cut off."""
+    bits = scale.to(gl.int32, bitcast=True)
+    if UP:
+        bits += 0xFFFFF
+    else:
+        bits += 0x7FFFF + ((bits >> 20) & 1)
+    rounded = (bits & -0x100000).to(gl.float32, bitcast=True)
+    return gl.where((scale > 0) & (scale < float("inf")), rounded, scale * 0.0)
+
+
+@gluon.jit
+def _turn(
+    source,
+    place,
+    exponent,
+    TURN: gl.constexpr,
     NB: gl.constexpr,
-    ITERATIONS: gl.constexpr,
     R: gl.constexpr,
     ACT_BITS: gl.constexpr,
     ACT_HALF: gl.constexpr,
     INDEXED: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """For each 512 * WARPS columns, in shared memory: ((codes, factor, factor, factor), ones).
+    """What `quantized_row` stores for a turn, and its scales before rounding, each alone if there is no exponent."""
+    x_ptr, index_ptr, in_features = source
+    g, half, i = place
+    SPAN: gl.constexpr = 2.0**ACT_BITS if ACT_HALF else 2.0**ACT_BITS - 1.0
+    g_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, g.type.layout))
+    column = TURN * 512 * WARPS + g * 32 + half * 16 + i
+    x = gather(x_ptr, index_ptr, 0, column, TURN * 16 * WARPS + g + column * 0 < 4 * NB, in_features, INDEXED)
+    low, high, free = _span(x, SPAN, ACT_HALF, g_layout)
+    if exponent is None:
+        scale = _round_alone(free, ACT_BITS >= UP_BITS)
+    else:
+        scale = _round_e4m3(free, exponent, ACT_BITS >= UP_BITS)
+    present = column < 128 * NB
+    if INDEXED:
+        present = gl.load(index_ptr + column, mask=present, other=in_features) < in_features
+    codes, shift, total = _quantize(x.to(gl.float32), present, low, high, scale, ACT_BITS, ACT_HALF, INDEXED)
+    # A code of the upper quarters is larger by what its place in the byte adds.
+    quarter = gl.arange(0, 16 * WARPS, layout=g_layout) % 4
+    placed = scale * ((127 - quarter // (R // 2) * R) << 23).to(gl.float32, bitcast=True)
+    factors: gl.constexpr = [WARPS, 4, 4]
+    parts = (
+        _operand_bytes(codes, WARPS),
+        placed.reshape(factors),
+        (placed * shift).reshape(factors),
+        (scale * total).reshape(factors),
+        _operand_bytes(present, WARPS),
+    )
+    return parts, free
+
+
+@gluon.jit
+def quantized_row(
+    x_ptr,
+    index_ptr,
+    in_features,
+    NB: gl.constexpr,
+    TURNS: gl.constexpr,
+    R: gl.constexpr,
+    ACT_BITS: gl.constexpr,
+    ACT_HALF: gl.constexpr,
+    INDEXED: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """For each 512 * WARPS columns, in shared memory: (codes, factor, factor, factor, ones).
 
     Codes and ones are bytes, [4 quarters, WARPS, 128], in the order of `_operand_bytes`; ones, 0 where padding, are
     there with INDEXED only. Factors are a / 2**place, a * v / 2**place and a * X, float32 [WARPS, 4 blocks, 4 groups].
+
+    Where no scale of the row is subnormal in E4M3, its exponent, which all warps have to meet for, does not matter. So
+    the row is quantized without it, and once more if that turns out to be wrong.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 2, 8], [16, 1, 2], [WARPS, 1, 1], [2, 1, 0])
     memory: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    SPAN: gl.constexpr = 2.0**ACT_BITS if ACT_HALF else 2.0**ACT_BITS - 1.0
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    everywhere: gl.constexpr = gl.BlockedLayout([WARPS], [32], [WARPS], [0])
     g_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
-    g = gl.arange(0, 16 * WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    i = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    stored = ()
-    ones = ()
-    values = ()
+    source = (x_ptr, index_ptr, in_features)
+    place = (
+        gl.arange(0, 16 * WARPS, layout=g_layout)[:, None, None],
+        gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None],
+        gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :],
+    )
     largest = gl.zeros([16 * WARPS], gl.float32, layout=g_layout)
-    for it in gl.static_range(ITERATIONS):
-        column = it * 512 * WARPS + g * 32 + half * 16 + i
-        x = gather(x_ptr, index_ptr, 0, column, it * 16 * WARPS + g + column * 0 < 4 * NB, in_features, INDEXED)
-        values = values + (x,)
-        largest = gl.maximum(largest, _span(values[it], SPAN, ACT_HALF, g_layout)[2])
-    exponent = _scale_exponent(gl.max(largest, 0).to(gl.int32, bitcast=True))
-    for it in gl.static_range(ITERATIONS):
-        low, high, scale = _span(values[it], SPAN, ACT_HALF, g_layout)
-        scale = _round_e4m3(scale, exponent, ACT_BITS >= UP_BITS)
-        column = it * 512 * WARPS + g * 32 + half * 16 + i
-        present = column < 128 * NB
-        if INDEXED:
-            present = gl.load(index_ptr + column, mask=present, other=in_features) < in_features
-        codes, shift, total = _quantize(
-            values[it].to(gl.float32), present, low, high, scale, ACT_BITS, ACT_HALF, INDEXED
-        )
-        # A code of the upper quarters is larger by what its place in the byte adds.
-        quarter = gl.arange(0, 16 * WARPS, layout=g_layout) % 4
-        placed = scale * ((127 - quarter // (R // 2) * R) << 23).to(gl.float32, bitcast=True)
-        # A buffer of their own for each, so that no store waits for another.
-        stored = stored + (
-            (
-                gl.allocate_shared_memory(gl.int8, [4, WARPS, 128], memory, _operand_bytes(codes, WARPS)),
-                gl.allocate_shared_memory(gl.float32, [WARPS, 4, 4], memory, placed.reshape([WARPS, 4, 4])),
-                gl.allocate_shared_memory(gl.float32, [WARPS, 4, 4], memory, (placed * shift).reshape([WARPS, 4, 4])),
-                gl.allocate_shared_memory(gl.float32, [WARPS, 4, 4], memory, (scale * total).reshape([WARPS, 4, 4])),
-            ),
-        )
-        if INDEXED:
-            ones = ones + (gl.allocate_shared_memory(gl.int8, [4, WARPS, 128], memory, _operand_bytes(present, WARPS)),)
-    return stored, ones
+    smallest = gl.full([16 * WARPS], float("inf"), gl.float32, layout=g_layout)
+    stored = ()
+    for turn in gl.static_range(TURNS):
+        parts, free = _turn(source, place, None, turn, NB, R, ACT_BITS, ACT_HALF, INDEXED, WARPS)
+        largest = gl.maximum(largest, free)
+        smallest = gl.minimum(smallest, gl.where(free > 0, free, float("inf")))
+        buffers = ()
+        for part in gl.static_range(4 + INDEXED):
+            value = parts[part]
+            buffers = buffers + (gl.allocate_shared_memory(value.dtype, value.shape, memory, value),)
+        stored = stored + (buffers,)
+    highs = gl.allocate_shared_memory(gl.float32, [WARPS], line, gl.max(largest.reshape([WARPS, 16]), 1))
+    lows = gl.allocate_shared_memory(gl.float32, [WARPS], line, gl.min(smallest.reshape([WARPS, 16]), 1))
+    high = gl.max(highs.load(everywhere), 0)
+    # 448 * 2**exponent is less than twice the largest, and e4m3 subnormal below 2**-6: at a ratio of 14,336 at least.
+    if (gl.min(lows.load(everywhere), 0) < high * 2.0**-13) | (high < 2.0**-80) | (high > 2.0**120):
+        exponent = _scale_exponent(high.to(gl.int32, bitcast=True))
+        for turn in gl.static_range(TURNS):
+            parts, _ = _turn(source, place, exponent, turn, NB, R, ACT_BITS, ACT_HALF, INDEXED, WARPS)
+            for part in gl.static_range(4):
+                stored[turn][part].store(parts[part])
+    return stored

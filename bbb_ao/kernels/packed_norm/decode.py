@@ -10,7 +10,15 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from bbb_ao.kernels.packed_linear.blocks import let_next_launch, row_factors, row_sums, start_launch, wait_for_launches
+from bbb_ao.kernels.packed_linear.blocks import (
+    let_next_launch,
+    places_of_sums,
+    row_biases,
+    row_sums,
+    start_launch,
+    tile_factors,
+    wait_for_launches,
+)
 from bbb_ao.kernels.packed_linear.decode import (
     accumulator_layout,
     code_unit,
@@ -41,29 +49,19 @@ def _reciprocal_norms(squares_ptr, eps, in_features, M: gl.constexpr, COUNT: gl.
 
 @gluon.jit
 def _read_rows(
-    exponent_ptr,
     bias_ptr,
     residual_ptr,
     norm_weight_ptr,
-    first,
+    rows,
     N,
-    R: gl.constexpr,
     M: gl.constexpr,
-    EXPONENTS: gl.constexpr,
     BIASED: gl.constexpr,
     RESIDUAL: gl.constexpr,
-    GATED: gl.constexpr,
-    WARPS: gl.constexpr,
 ):
-    """(factor of the sums; for each row of x what is added to them; norm weights) of a tile's rows from `first` on."""
-    zeros = gl.zeros([WARPS, 16, 8], gl.float32, layout=accumulator_layout(WARPS))
-    layout: gl.constexpr = row_sums(zeros, M, 1.0)[0].type.layout
-    rows = first + rows_of_tile(gl.arange(0, 16, layout=layout), N, GATED)
-    factor = row_factors(exponent_ptr, rows, N, R, EXPONENTS)
+    """(for each row of x what is added to the sums; norm weights) of these rows of the weight."""
+    layout: gl.constexpr = rows.type.layout
     norm_weight = gl.zeros([16], gl.float32, layout=layout)
-    bias = norm_weight
-    if BIASED:
-        bias = gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
+    bias = norm_weight + row_biases(bias_ptr, rows, N, BIASED)
     added = ()
     for m in gl.static_range(M):
         if RESIDUAL:
@@ -72,7 +70,7 @@ def _read_rows(
             added = added + (bias,)
     if RESIDUAL:
         norm_weight = gl.load(norm_weight_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
-    return factor, added, norm_weight
+    return added, norm_weight
 
 
 @gluon.jit
@@ -117,6 +115,7 @@ def normed_decode_kernel(
     BIASED: gl.constexpr,
     TILES: gl.constexpr,
     WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
     PDL: gl.constexpr,
     SQUARES: gl.constexpr,
     RESIDUAL: gl.constexpr,
@@ -130,40 +129,28 @@ def normed_decode_kernel(
     start_launch(fresh, PDL)
     let_next_launch(PDL)
     weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
-    started = start_tiles(weight, N, NB, R, ZB, TILES, WARPS, GATED)
+    started = start_tiles(weight, N, NB, R, ZB, TILES, WARPS, AHEAD, GATED)
     first = started[0]
+    place = rows_of_tile(places_of_sums(M, WARPS, accumulator_layout(WARPS)), N, GATED)
+    factors = tile_factors(exponent_ptr, place, first, tile_step(GATED), N, R, EXPONENTS, TILES)
     wait_for_launches(PDL)
     read = ()
     for tile in gl.static_range(TILES):
-        rows = _read_rows(
-            exponent_ptr,
-            bias_ptr,
-            residual_ptr,
-            norm_weight_ptr,
-            first + tile_step(GATED) * tile,
-            N,
-            R,
-            M,
-            EXPONENTS,
-            BIASED,
-            RESIDUAL,
-            GATED,
-            WARPS,
-        )
-        read = read + (rows,)
+        rows = first + tile_step(GATED) * tile + place
+        read = read + (_read_rows(bias_ptr, residual_ptr, norm_weight_ptr, rows, N, M, BIASED, RESIDUAL),)
     if SQUARES > 0:
         norms = _reciprocal_norms(in_squares_ptr, eps, in_features, M, SQUARES, WARPS)
     totals = tile_totals(
-        started, weight, x_ptr, index_ptr, in_features, N, NB, R, MASK, H, ZB, M, INDEXED, TILES, WARPS, GATED
+        started, weight, x_ptr, index_ptr, in_features, N, NB, R, MASK, H, ZB, M, INDEXED, TILES, WARPS, AHEAD, GATED
     )
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     UNIT: gl.constexpr = 1.0 / code_unit(x_ptr.dtype.element_ty)
     for tile in gl.static_range(TILES):
-        factor, added, norm_weight = read[tile]
+        added, norm_weight = read[tile]
         sums = row_sums(totals[tile], M, UNIT)
         for m in gl.static_range(M):
             rows = first + 16 * tile + gl.arange(0, 16, layout=sums[m].type.layout)
-            value = sums[m] * factor
+            value = sums[m] * factors[tile]
             if SQUARES > 0:
                 value *= norms[m]
             value += added[m]
