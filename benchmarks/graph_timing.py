@@ -1,11 +1,12 @@
 """Times of GPU calls inside CUDA graphs, and the read bandwidth that no figure may exceed.
 
 A call is timed over copies of its weight that together exceed the L2 cache, one after the other in one graph, as the
-layers of a model follow each other in decoding. Graphs of several implementations are replayed in turn, so that clocks
-and temperature are the same for all.
+layers of a model follow each other in decoding. Graphs of several implementations are replayed in turn, in an order
+drawn anew every time, so that clocks, temperature and what was replayed just before are the same for all.
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,11 +81,12 @@ class GraphTimer:
 
 
 def time_in_turn(timers: dict[str, GraphTimer], replays: int) -> dict[str, Spread]:
-    """The spread of every timer over `replays` rounds in which each replays once."""
+    """The spread of every timer over `replays` rounds in which each replays once, in an order drawn anew."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
+    order = random.Random(0)
     for _ in range(replays):
-        for name, timer in timers.items():
-            samples[name].append(timer.sample())
+        for name in order.sample(list(timers), len(timers)):
+            samples[name].append(timers[name].sample())
     return {name: Spread.of(values) for name, values in samples.items()}
 
 

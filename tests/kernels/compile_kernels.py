@@ -124,7 +124,8 @@ def rows(dtype: str, bits: int) -> str:
     signature = {"x_ptr": f"*{dtype}", "index_ptr": "*i32", "out_ptr": f"*{dtype}"}
     signature |= dict.fromkeys(("in_features", "groups", "fresh"), "i32")
     flags = {"UP": bits > 4, "HALF": True, "SHORT": True, "INDEXED": True, "PDL": True}
-    constants = {**flags, "BITS": bits, "SPAN": 2.0**bits, "GROUP": 32, "COLUMNS": 32, "BLOCK": 128, "PART": 64}
+    sizes = {"GROUP": 32, "COLUMNS": 32, "BLOCK": 128, "PART": 64, "WHOLE": False}
+    constants = {**flags, "BITS": bits, "SPAN": 2.0**bits, **sizes}
     return ptx(gathered_rows_kernel, signature, constants, 8, ASTSource)
 
 

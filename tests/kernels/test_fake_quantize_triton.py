@@ -356,9 +356,11 @@ def test_gathered_rows_equal_the_reference(
             columns = expand_input(x, index)
             expected = fake_quantize_input(columns, index, x.shape[1], bits, half_step, group_size).to(dtype)
             moved = None if index is None else index.to(DEVICE)
-            found = launch.gathered_rows(x.to(DEVICE), moved, bits, half_step, group_size).cpu()
-            assert found.dtype == dtype
-            assert torch.equal(found, expected), f"{bits} bits, {groups} groups, index {index is not None}"
+            for programs in (1, 4, 64):
+                found = launch.gathered_rows(x.to(DEVICE), moved, bits, half_step, group_size, programs).cpu()
+                assert found.dtype == dtype
+                case = f"{bits} bits, {groups} groups, index {index is not None}, {programs} programs"
+                assert torch.equal(found, expected), case
 
 
 @pytest.mark.parametrize("operator", ["weight", "tokens", "given"])

@@ -19,7 +19,6 @@ gathered_rows_kernel: Any = row_kernel.gathered_rows_kernel
 # Elements of a program's tile, and its warps: 16 elements a thread, which the backward pass keeps in registers.
 TILE = 2048
 WARPS = 4
-ROW_PROGRAMS = 128  # of `gathered_rows_kernel` at least, where the rows have as many groups
 ROW_TILE = 16384  # elements of a token that one program of `gathered_rows_kernel` keeps in registers
 
 
@@ -131,12 +130,15 @@ def forward(
     return out
 
 
-def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, group_size: int) -> Tensor:
-    """Activations gathered by `index` and fake-quantized, in one launch: some programs for each token.
+def gathered_rows(
+    x: Tensor, index: Tensor | None, bits: int, half_step: bool, group_size: int, programs: int = 1
+) -> Tensor:
+    """Activations gathered by `index` and fake-quantized, in one launch.
 
     Args:
         x: [M, in_features], contiguous, at most 32 bits an element.
         index: int32 [K], in_features for padding, which stays 0; None: x has K columns. group_size divides K.
+        programs: that the tokens are shared out to, at least, by powers of two; one token has one or more.
     Returns:
         [M, K], computed in float32 and rounded to x's dtype.
     """
@@ -145,7 +147,9 @@ def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, g
     if out.numel():
         groups, columns = features // group_size, triton.next_power_of_2(group_size)
         block = min(triton.next_power_of_2(groups), max(1, ROW_TILE // columns))
-        part = max(1, min(block, triton.next_power_of_2(groups * x.shape[0]) // ROW_PROGRAMS))
+        part = max(1, min(block, triton.next_power_of_2(groups * x.shape[0]) // programs))
+        # Of a program that has part of a row, more threads read the rest for what they quantize.
+        elements = 512 if part == block else 256
         gathered_rows_kernel[(x.shape[0], triton.cdiv(groups, part))](
             x,
             x if index is None else index,
@@ -162,8 +166,9 @@ def gathered_rows(x: Tensor, index: Tensor | None, bits: int, half_step: bool, g
             COLUMNS=columns,
             BLOCK=block,
             PART=part,
+            WHOLE=part >= groups,
             enable_fp_fusion=False,
-            num_warps=max(WARPS, min(16, block * columns // 256)),
+            num_warps=max(WARPS, min(16, block * columns // elements)),
             **dependent_launch(x.device),
         )
     return out

@@ -73,12 +73,14 @@ def gathered_rows_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
+    WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A part of one token's activations, gathered by the index: out = step * level, 0 where the index says padding.
 
-    Every program reads the whole row, BLOCK groups at a time, for its second level, and writes PART groups of it. The
-    index is read before the launches before are complete: see `dependent_launch`.
+    Every program reads the whole row, BLOCK groups at a time, for its second level, and writes PART groups of it; with
+    WHOLE these are all groups of the row. The index is read before the launches before are complete: see
+    `dependent_launch`.
     """
     if PDL:
         if fresh != 0:
@@ -90,19 +92,26 @@ def gathered_rows_kernel(
     group = tl.arange(0, BLOCK)[:, None]
     mask = (group < groups) & (element < GROUP)
     source, present = _source(index_ptr, group * GROUP + element, mask, in_features, INDEXED)
-    own = tl.program_id(1) * PART + tl.arange(0, PART)[:, None]
-    own_mask = (own < groups) & (element < GROUP)
-    own_source, own_present = _source(index_ptr, own * GROUP + element, own_mask, in_features, INDEXED)
+    if WHOLE:
+        own, own_mask, own_present = group, mask, present
+    else:
+        own = tl.program_id(1) * PART + tl.arange(0, PART)[:, None]
+        own_mask = (own < groups) & (element < GROUP)
+        own_source, own_present = _source(index_ptr, own * GROUP + element, own_mask, in_features, INDEXED)
     if PDL:
         gdc_wait()
     x = tl.load(row_ptr + source, mask=present, other=0.0).to(tl.float32)
-    own_x = tl.load(row_ptr + own_source, mask=own_present, other=0.0).to(tl.float32)
+    if WHOLE:
+        own_x = x
+    else:
+        own_x = tl.load(row_ptr + own_source, mask=own_present, other=0.0).to(tl.float32)
     _, _, largest, _ = _span_scale(x, SPAN, HALF, False, True)
-    for first in range(BLOCK, groups, BLOCK):
-        mask = (first + group < groups) & (element < GROUP)
-        x, _ = _gather(row_ptr, index_ptr, (first + group) * GROUP + element, mask, in_features, INDEXED)
-        _, _, scale, _ = _span_scale(x, SPAN, HALF, False, True)
-        largest = tl.maximum(largest, scale)
+    if not WHOLE:
+        for first in range(BLOCK, groups, BLOCK):
+            mask = (first + group < groups) & (element < GROUP)
+            x, _ = _gather(row_ptr, index_ptr, (first + group) * GROUP + element, mask, in_features, INDEXED)
+            _, _, scale, _ = _span_scale(x, SPAN, HALF, False, True)
+            largest = tl.maximum(largest, scale)
     exponent = _scale_exponent(tl.max(largest, 0).to(tl.int32, bitcast=True))
     column = own * GROUP + element
     _write_activations(out_ptr, column, own_mask, own_x, own_present, exponent, BITS, SPAN, HALF, UP, SHORT)

@@ -293,4 +293,5 @@ def few_rows_kernel(
             totals = added
         for tile in gl.static_range(TILES):
             _store(totals[tile], y_ptr, factors[tile], bias_ptr, first + 16 * tile + place, N, M, BIASED)
-        factors = tile_factors(exponent_ptr, place, first + step, 16, N, R, EXPONENTS, TILES)
+        if EXPONENTS:
+            factors = tile_factors(exponent_ptr, place, first + step, 16, N, R, EXPONENTS, TILES)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bbb_ao.kernels.dependent_launch import dependent_launch
 from bbb_ao.kernels.fake_quantize.launch import gathered_rows
-from bbb_ao.kernels.packed_linear.cuda import aligned_rows, fits_kernels, multiply
+from bbb_ao.kernels.packed_linear.cuda import FEW_ROWS, aligned_rows, fits_kernels, multiply
 from bbb_ao.kernels.packed_linear.launch import row_arguments
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight
 from bbb_ao.kernels.packed_linear.tuning import Settings, settings_for
@@ -37,6 +37,9 @@ DECODE_SETTINGS: list[Settings] = [
     (2, 4, 0, 1),
     (1, 16, 0, 1),
 ]
+# Programs that quantize more rows than `few_rows` takes. Its own take a multiprocessor each, and start early only on
+# those that quantize nothing.
+SPREAD = 128
 UNROLLED = 8  # tiles times turns over the columns in one program, at most: more take long to compile
 
 
@@ -72,7 +75,8 @@ def packed_linear_dynamic_cuda(
         if fits_kernels(x.dtype, planes, scales, settings, capability):
             return dynamic_decode(rows, planes, scales, index, bias, settings, act_settings).view(shape)
     with torch.cuda.device_of(x):
-        quantized = gathered_rows(rows, index, act_bits, act_half_step, group_size)
+        programs = 1 if rows.shape[0] <= FEW_ROWS else SPREAD
+        quantized = gathered_rows(rows, index, act_bits, act_half_step, group_size, programs)
     return multiply(quantized, planes, scales, None, bias, settings).view(shape)
 
 
