@@ -74,13 +74,13 @@ def test_inspect_and_eval_of_a_packed_head(run, trained: Path, tiny_model: Path,
 
 def test_assign_gives_layers_their_own_widths(run, refused, trained: Path, tmp_path: Path, monkeypatch) -> None:
     data = ("--data", trained / "data.jsonl")
-    result = run("assign", trained / "out", *data, "--output", tmp_path / "mixed", "--budget", 5, "--drop-planes")
+    # Four bits for all are 4.375 with scales and zero offsets: some layer keeps two, and all have no other in common.
+    result = run("assign", trained / "out", *data, "--output", tmp_path / "mixed", "--budget", 4, "--drop-planes")
     assert (result.code, result.err) == (0, "")
     rows = dict(line.split() for line in result.out.splitlines()[1:-1])
     assert len(rows) == 7
-    assert set(rows.values()) <= {"2", "4", "8"}
-    assert len(set(rows.values())) > 1
-    assert float(result.out.splitlines()[-1].split()[1]) <= 5
+    assert {"2"} < set(rows.values()) <= {"2", "4", "8"}
+    assert float(result.out.splitlines()[-1].split()[1]) <= 4
     cells = [line.split() for line in run("inspect", tmp_path / "mixed").out.splitlines()[1:-1]]
     assert {row[0]: row[2] for row in cells} == rows
     evaluated = json.loads(run("eval", tmp_path / "mixed", *data, "--json").out)
