@@ -3,7 +3,7 @@
 A kernel compiled with PDL
 
 1. with `fresh` waits (griddepcontrol.wait) for the launches before it;
-2. reads what no launch of a graph writes: planes, scales and zero offsets of its weight, and its index;
+2. reads what no launch of a graph writes: planes, scales, zero offsets and exponents of its weight;
 3. waits, after which the launches before it are complete and what they wrote is visible;
 4. only then reads anything else and writes.
 

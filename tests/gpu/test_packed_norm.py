@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed_case import make_case, random_x
+from packed_case import make_case, random_x, row_exponents
 from torch import Tensor
 
 from bbb_ao.kernels.packed_norm import packed_linear_normed_op, packed_linear_residual_op
@@ -33,7 +33,7 @@ class Blocks:
 
     def layer(self, seed: int, columns: int, rows: int, indexed: bool) -> list:
         case = make_case(seed, columns, 4, True, rows, indexed)
-        case = replace(case, scale_codes=case.scale_codes % 9 + 48, exponent=torch.tensor(-5, dtype=torch.int32))
+        case = row_exponents(replace(case, scale_codes=case.scale_codes % 9 + 48), -6, 3)
         return [*(None if t is None else t.cuda() for t in case.operands(2)), None, *case.settings(2)]
 
     def run(self, hidden: Tensor, single: bool = False) -> Tensor:

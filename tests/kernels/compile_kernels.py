@@ -124,7 +124,8 @@ def rows(dtype: str, bits: int) -> str:
     signature = {"x_ptr": f"*{dtype}", "index_ptr": "*i32", "out_ptr": f"*{dtype}"}
     signature |= dict.fromkeys(("in_features", "groups", "fresh"), "i32")
     flags = {"UP": bits > 4, "HALF": True, "SHORT": True, "INDEXED": True, "PDL": True}
-    sizes = {"GROUP": 32, "COLUMNS": 32, "BLOCK": 128, "PART": 64, "WHOLE": False}
+    whole = bits == 2
+    sizes = {"GROUP": 32, "COLUMNS": 32, "BLOCK": 128, "PART": 128 if whole else 64, "WHOLE": whole}
     constants = {**flags, "BITS": bits, "SPAN": 2.0**bits, **sizes}
     return ptx(gathered_rows_kernel, signature, constants, 8, ASTSource)
 
@@ -133,8 +134,8 @@ KERNELS = (decode, few, residual, normed, gated, dynamic, matmul, rows)
 BUILT = [
     (build, dtype, bits) for build in KERNELS for dtype, bits in (("bf16", 2), ("bf16", 4), ("bf16", 8), ("fp16", 2))
 ]
-# Other tiles of the same kernel; at 4 bits they take the most shared memory.
-BUILT += [(build, "bf16", 4) for build in (smallest, three, largest)]
+# Other tiles of the same kernel, at the widths that take the most shared memory.
+BUILT += [(build, "bf16", bits) for build in (smallest, three, largest) for bits in (2, 4)]
 
 if __name__ == "__main__":
     for build, dtype, bits in BUILT:

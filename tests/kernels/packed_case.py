@@ -1,6 +1,6 @@
 """Random packed weights with their codes, and float64 oracles that read the codes and never the packed bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -58,7 +58,8 @@ class Case:
         if self.zero_codes is not None:
             zeta = self.zero_codes.double() * 4 / 2**self.zero_point_bits
         offset = (0.5 if self.half_step else 0.0) - zeta * 2.0 ** (bits - 2)
-        step = self.scale_codes.view(torch.float8_e4m3fn).double() * 2.0 ** (int(self.exponent) + 2 - bits)
+        power = 2.0 ** (self.exponent.double().reshape(-1, 1) + 2 - bits)
+        step = self.scale_codes.view(torch.float8_e4m3fn).double() * power
         return codes, offset.repeat_interleave(32, 1), step.repeat_interleave(32, 1)
 
     def weight(self, bits: int) -> Tensor:
@@ -105,6 +106,12 @@ def make_case(
         index = torch.cat([torch.arange(in_features), copies, torch.full((padding,), in_features)]).to(torch.int32)
     exponent = torch.tensor(int(draw(0, 40, 1)) - 20, dtype=torch.int32)
     return Case(draw(0, 256, rows, features), scale, exponent, zero, zero_point_bits, half_step, index, in_features)
+
+
+def row_exponents(case: Case, lowest: int = -14, spread: int = 5) -> Case:
+    """The case with an exponent for each row, as in fused layers: all of `spread` numbers from `lowest` on, in turn."""
+    rows = torch.arange(case.parent.shape[0], dtype=torch.int32)
+    return replace(case, exponent=lowest + rows * 3 % spread)
 
 
 def random_x(seed: int, shape: tuple[int, ...], magnitude: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -138,7 +138,7 @@ def gathered_rows(
     Args:
         x: [M, in_features], contiguous, at most 32 bits an element.
         index: int32 [K], in_features for padding, which stays 0; None: x has K columns. group_size divides K.
-        programs: that the tokens are shared out to, at least, by powers of two; one token has one or more.
+        programs: a power of two; about so many share the tokens, one or more for each.
     Returns:
         [M, K], computed in float32 and rounded to x's dtype.
     """
@@ -148,7 +148,7 @@ def gathered_rows(
         groups, columns = features // group_size, triton.next_power_of_2(group_size)
         block = min(triton.next_power_of_2(groups), max(1, ROW_TILE // columns))
         part = max(1, min(block, triton.next_power_of_2(groups * x.shape[0]) // programs))
-        # Of a program that has part of a row, more threads read the rest for what they quantize.
+        # Fewer elements for each thread where most of them are only read.
         elements = 512 if part == block else 256
         gathered_rows_kernel[(x.shape[0], triton.cdiv(groups, part))](
             x,

@@ -79,8 +79,7 @@ def gathered_rows_kernel(
     """A part of one token's activations, gathered by the index: out = step * level, 0 where the index says padding.
 
     Every program reads the whole row, BLOCK groups at a time, for its second level, and writes PART groups of it; with
-    WHOLE these are all groups of the row. The index is read before the launches before are complete: see
-    `dependent_launch`.
+    WHOLE these are all groups of the row. The index is read behind the wait: a layer whose input is padded computes it.
     """
     if PDL:
         if fresh != 0:
@@ -88,6 +87,8 @@ def gathered_rows_kernel(
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     row_ptr, out_ptr = x_ptr + row * in_features, out_ptr + row * groups * GROUP
+    if PDL:
+        gdc_wait()
     element = tl.arange(0, COLUMNS)[None, :]
     group = tl.arange(0, BLOCK)[:, None]
     mask = (group < groups) & (element < GROUP)
@@ -98,8 +99,6 @@ def gathered_rows_kernel(
         own = tl.program_id(1) * PART + tl.arange(0, PART)[:, None]
         own_mask = (own < groups) & (element < GROUP)
         own_source, own_present = _source(index_ptr, own * GROUP + element, own_mask, in_features, INDEXED)
-    if PDL:
-        gdc_wait()
     x = tl.load(row_ptr + source, mask=present, other=0.0).to(tl.float32)
     if WHOLE:
         own_x = x

@@ -41,7 +41,8 @@ PROGRAMS = {
     (256, 2): (1, 168, 240),
 }
 SHARED_BYTES = 227 * 1024
-OTHER_BYTES = 1024  # at most: barriers, and what groups of warps are handed
+# At most, for so many groups of warps: barriers, what the groups are handed, and room to turn round pieces of a tile.
+OTHER_BYTES = {2: 1024, 3: 10240}
 # (tiles of 16 rows of the weight for each program, warps, registers for each thread or 0 to leave them to the compiler,
 # parts of a tile, as many columns as the warps take at once, that are loaded ahead)
 DECODE_SETTINGS: list[Settings] = [
@@ -241,7 +242,7 @@ def pipeline_stages(size: int, groups: int, container: int, programs: int) -> in
     """
     turned = groups * GROUP_ROWS * columns_turned(size) * 2  # where y is turned round before it is written
     block = size * 2 * BLOCK + groups * GROUP_ROWS * 32 * (container // 2)
-    return max(2, (SHARED_BYTES // min(programs, PROGRAMS[size, groups][0]) - turned - OTHER_BYTES) // block)
+    return max(2, (SHARED_BYTES // min(programs, PROGRAMS[size, groups][0]) - turned - OTHER_BYTES[groups]) // block)
 
 
 @cache

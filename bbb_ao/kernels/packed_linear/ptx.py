@@ -19,13 +19,14 @@ def place(quarter, R):
 
 @gluon.constexpr_function
 def splat(value, dtype):
-    """A number that has no more bits than the type, twice in a 32-bit word."""
+    """A number of the type, twice in a 32-bit word."""
     from struct import pack, unpack  # Triton refuses it among a kernel's globals.
 
     if dtype == gl.bfloat16:
-        bits = unpack("<I", pack("<f", value))[0] >> 16
+        bits, cut = divmod(unpack("<I", pack("<f", value))[0], 2**16)
     else:
-        bits = unpack("<H", pack("<e", value))[0]
+        bits, cut = unpack("<H", pack("<e", value))[0], unpack("<e", pack("<e", value))[0] - value
+    assert cut == 0, f"value: expected a number of {dtype}, got {value}"
     return bits * 0x00010001
 
 

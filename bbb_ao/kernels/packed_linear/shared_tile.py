@@ -16,7 +16,10 @@ from triton.experimental.gluon import language as gl
 
 @gluon.constexpr_function
 def columns_turned(columns):
-    """Of so many columns of sums, those turned round in shared memory at a time; beside tiles of 256 is less room."""
+    """Of so many columns of sums, those turned round in shared memory at a time.
+
+    With more, stages would no longer fit: beside tiles of 256, and of 64, of which two programs share a multiprocessor.
+    """
     return max(16, min(columns, 64 if columns == 128 else 32))
 
 

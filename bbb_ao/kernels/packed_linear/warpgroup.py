@@ -4,11 +4,12 @@ The weight is the first operand of wgmma, decoded in registers, and the activati
 arrive through asynchronous copies some blocks ahead. While one product runs, the next block of 128 columns is decoded.
 
 A pair of codes takes three instructions. Masked in place it is a pair of subnormal 16-bit floats (see `decode`); one
-multiply-add makes them c - zeta * 2**(R-2), which is exact, a second one
+multiply-add makes them c - zeta * 2**(R-2) + H, which is exact, a second one
 
-    w = e4m3 * (c - zeta * 2**(R-2)) + e4m3 * H,
+    w = e4m3 * (c - zeta * 2**(R-2) + H),
 
-rounded once to the type of x: what `dequantize_packed` rounds to it.
+rounded once to the type of x: what `dequantize_packed` rounds to it. (Eight-bit codes and H are too much for bfloat16,
+where the second step adds e4m3 * H.)
 
 The blocks of all tiles of y stand in one row, tile after tile, and every program takes SHARE of them, so that all are
 busy to the end whatever the shape. Where the columns of a tile fall to several programs (SPLIT), each writes its part

@@ -37,8 +37,7 @@ DECODE_SETTINGS: list[Settings] = [
     (2, 4, 0, 1),
     (1, 16, 0, 1),
 ]
-# Programs that quantize more rows than `few_rows` takes. Its own take a multiprocessor each, and start early only on
-# those that quantize nothing.
+# Programs that quantize rows; before `few_rows`, whose programs need a whole multiprocessor, one for each row.
 SPREAD = 128
 UNROLLED = 8  # tiles times turns over the columns in one program, at most: more take long to compile
 

@@ -148,8 +148,8 @@ def normed_decode_kernel(
     for tile in gl.static_range(TILES):
         added, norm_weight = read[tile]
         sums = row_sums(totals[tile], M, UNIT)
+        rows = first + tile_step(GATED) * tile + place
         for m in gl.static_range(M):
-            rows = first + 16 * tile + gl.arange(0, 16, layout=sums[m].type.layout)
             value = sums[m] * factors[tile]
             if SQUARES > 0:
                 value *= norms[m]
