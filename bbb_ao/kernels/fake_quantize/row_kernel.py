@@ -17,19 +17,12 @@ from bbb_ao.kernels.fake_quantize.triton_kernels import (
 
 
 @triton.jit
-def _source(index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
-    """(index[column], what of it is neither masked nor padding)."""
+def _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
+    """(row[index[column]] as float32, 0 where masked or padding; what is neither)."""
     if INDEXED:
         column = tl.load(index_ptr + column, mask=mask, other=in_features)
         mask = column < in_features
-    return column, mask
-
-
-@triton.jit
-def _gather(row_ptr, index_ptr, column, mask, in_features, INDEXED: tl.constexpr):
-    """(row[index[column]] as float32, 0 where masked or padding; what is neither)."""
-    source, present = _source(index_ptr, column, mask, in_features, INDEXED)
-    return tl.load(row_ptr + source, mask=present, other=0.0).to(tl.float32), present
+    return tl.load(row_ptr + column, mask=mask, other=0.0).to(tl.float32), mask
 
 
 @triton.jit
@@ -85,25 +78,18 @@ def gathered_rows_kernel(
         if fresh != 0:
             gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     row_ptr, out_ptr = x_ptr + row * in_features, out_ptr + row * groups * GROUP
-    if PDL:
-        gdc_wait()
-    element = tl.arange(0, COLUMNS)[None, :]
-    group = tl.arange(0, BLOCK)[:, None]
+    group, element = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
     mask = (group < groups) & (element < GROUP)
-    source, present = _source(index_ptr, group * GROUP + element, mask, in_features, INDEXED)
+    x, present = _gather(row_ptr, index_ptr, group * GROUP + element, mask, in_features, INDEXED)
     if WHOLE:
-        own, own_mask, own_present = group, mask, present
+        own, own_mask, own_x, own_present = group, mask, x, present
     else:
         own = tl.program_id(1) * PART + tl.arange(0, PART)[:, None]
         own_mask = (own < groups) & (element < GROUP)
-        own_source, own_present = _source(index_ptr, own * GROUP + element, own_mask, in_features, INDEXED)
-    x = tl.load(row_ptr + source, mask=present, other=0.0).to(tl.float32)
-    if WHOLE:
-        own_x = x
-    else:
-        own_x = tl.load(row_ptr + own_source, mask=own_present, other=0.0).to(tl.float32)
+        own_x, own_present = _gather(row_ptr, index_ptr, own * GROUP + element, own_mask, in_features, INDEXED)
     _, _, largest, _ = _span_scale(x, SPAN, HALF, False, True)
     if not WHOLE:
         for first in range(BLOCK, groups, BLOCK):

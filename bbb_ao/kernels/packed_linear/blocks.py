@@ -180,6 +180,12 @@ def load_tile(weight, places, first, base, N, NB: gl.constexpr, R: gl.constexpr,
 
 
 @gluon.jit
+def step_start(first, STEP: gl.constexpr, ROWS: gl.constexpr, TILES: gl.constexpr, WARPS: gl.constexpr):
+    """(first row, first block) of a step: a turn of the warps over the columns has one for each tile, ROWS apart."""
+    return first + STEP % TILES * ROWS, STEP // TILES * (4 * WARPS)
+
+
+@gluon.jit
 def gather(x_ptr, index_ptr, row, column, mask, in_features, INDEXED: gl.constexpr):
     """x[row, index[column]], 0 where masked or padding."""
     if INDEXED:

@@ -34,6 +34,7 @@ from bbb_ao.kernels.packed_linear.blocks import (
     places_of_sums,
     quad_places,
     start_launch,
+    step_start,
     store_tile,
     tile_biases,
     tile_factors,
@@ -239,7 +240,7 @@ def start_tiles(
 ):
     """(a program's first row of the weight, places in a tile, planes and packed scales of its first AHEAD steps).
 
-    A step is one tile's part of WARPS * 4 blocks. Nothing but constants is read.
+    Nothing but constants is read.
     """
     a_layout: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(WARPS), 16)
     plain = tile_places(8, WARPS, a_layout)
@@ -249,8 +250,8 @@ def start_tiles(
     first = gl.program_id(0) * tile_step(GATED) * TILES
     loaded = ()
     for step in gl.static_range(min(AHEAD, TILES * turns_of_warps(NB, WARPS))):
-        row = first + step % TILES * tile_step(GATED)
-        loaded = loaded + (load_tile(weight, places, row, step // TILES * (4 * WARPS), N, NB, R, ZB, gl.int16),)
+        row, block = step_start(first, step, tile_step(GATED), TILES, WARPS)
+        loaded = loaded + (load_tile(weight, places, row, block, N, NB, R, ZB, gl.int16),)
     return first, places, loaded
 
 
@@ -308,8 +309,7 @@ def tile_totals(
         for tile in gl.static_range(TILES):
             # The loads of a later step go out before this one's work.
             if turn * TILES + tile + AHEAD < TURNS * TILES:
-                row = first + (tile + AHEAD) % TILES * tile_step(GATED)
-                block = base + (tile + AHEAD) // TILES * (4 * WARPS)
+                row, block = step_start(first, turn * TILES + tile + AHEAD, tile_step(GATED), TILES, WARPS)
                 loaded = loaded + (load_tile(weight, places, row, block, N, NB, R, ZB, gl.int16),)
             planes, packed = loaded[turn * TILES + tile]
             scale, zero = packed

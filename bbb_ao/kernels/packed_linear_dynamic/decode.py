@@ -34,6 +34,7 @@ from bbb_ao.kernels.packed_linear.blocks import (
     quad_layout,
     quad_places,
     start_launch,
+    step_start,
     store_tile,
     tile_biases,
     tile_factors,
@@ -156,8 +157,8 @@ def dynamic_decode_kernel(
     weight = (high_ptr, mid_ptr, low_ptr, scale_ptr, zero_ptr)
     loaded = ()
     for step in gl.static_range(min(AHEAD, TILES * TURNS)):
-        row = first + 16 * (step % TILES)
-        loaded = loaded + (load_tile(weight, places, row, step // TILES * (4 * WARPS), N, NB, R, ZB, gl.int8),)
+        row, block = step_start(first, step, 16, TILES, WARPS)
+        loaded = loaded + (load_tile(weight, places, row, block, N, NB, R, ZB, gl.int8),)
     place = places_of_sums(1, WARPS, acc_layout)
     factors = tile_factors(exponent_ptr, place, first, 16, N, R, EXPONENTS, TILES)
     # The compiler moves no load over a barrier: those of the planes are under way while the row is quantized.
@@ -186,8 +187,7 @@ def dynamic_decode_kernel(
         for tile in gl.static_range(TILES):
             # The loads of a later step go out before this one's work.
             if turn * TILES + tile + AHEAD < TURNS * TILES:
-                row = first + 16 * ((tile + AHEAD) % TILES)
-                block = (turn + (tile + AHEAD) // TILES) * (4 * WARPS)
+                row, block = step_start(first, turn * TILES + tile + AHEAD, 16, TILES, WARPS)
                 loaded = loaded + (load_tile(weight, places, row, block, N, NB, R, ZB, gl.int8),)
             planes, packed = loaded[turn * TILES + tile]
             words = assemble(planes[0], planes[1], planes[2], planes[3], R)
