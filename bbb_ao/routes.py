@@ -46,7 +46,7 @@ def gpu_route(kind: LayerKind, rows: int, capability: tuple[int, int]) -> tuple[
     grid = kind.grid
     fits = _fits_gpu(fits_kernels, kind, capability)
     if fits:
-        return kernel_for(rows, True, capability), ""
+        return kernel_for(rows, kind.bits, True, capability), ""
     fitting = LayerKind(128, 128, kind.max_bits, kind.max_bits, None, Grid(), torch.bfloat16)
     # Each property of the layer alone, in a layer that fits otherwise.
     probes: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -1,12 +1,13 @@
 """Times of GPU calls inside CUDA graphs, and the read bandwidth that no figure may exceed.
 
 A call is timed over copies of its weight that together exceed the L2 cache, one after the other in one graph, as the
-layers of a model follow each other in decoding. Graphs of several implementations are replayed in turn, in an order
-drawn anew every time, so that clocks, temperature and what was replayed just before are the same for all.
+layers of a model follow each other in decoding. Graphs of several implementations take turns, in an order drawn anew
+every round, and each turn is long enough that a graph runs at the clocks that the GPU gives it.
 """
 
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ Call = Callable[[Tensor], Tensor]
 
 # A replay at least this long keeps the time to start a graph, a few microseconds, below half a percent.
 REPLAY_MICROSECONDS = 2000.0
+# At its power limit a GPU lowers its clocks with a delay. Shorter turns would be at clocks that other graphs left.
+SETTLE_SECONDS = 0.2
+ROUNDS = 2
 READ_BYTES = 2**30
 READ_TILES = ((2048, 4), (4096, 8), (8192, 8))
 READ_PROGRAMS = (1, 4, 16)
@@ -26,16 +30,18 @@ READ_PROGRAMS = (1, 4, 16)
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 10th and 90th percentile of the time of one call, microseconds."""
+    """Median, 10th and 90th percentile of the time of one call, microseconds, and the clock meanwhile, megahertz."""
 
     median: float
     low: float
     high: float
+    clock: int | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
+    def of(cls, values: Sequence[float], clock: int | None) -> "Spread":
         shares = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-        return cls(*torch.tensor(values, dtype=torch.float64).quantile(shares).tolist())
+        median, low, high = torch.tensor(values, dtype=torch.float64).quantile(shares).tolist()
+        return cls(median, low, high, clock)
 
 
 class GraphTimer:
@@ -80,14 +86,27 @@ class GraphTimer:
         return start.elapsed_time(end) * 1e3 / self._count
 
 
-def time_in_turn(timers: dict[str, GraphTimer], replays: int) -> dict[str, Spread]:
-    """The spread of every timer over `replays` rounds in which each replays once, in an order drawn anew."""
+def clock_rate() -> int | None:
+    """Of the multiprocessors, megahertz; None where NVML is missing."""
+    try:
+        return torch.cuda.clock_rate()
+    except (ImportError, RuntimeError):
+        return None
+
+
+def time_in_turn(timers: dict[str, GraphTimer], replays: int, settle: float = SETTLE_SECONDS) -> dict[str, Spread]:
+    """The spread of each timer over so many replays, in `ROUNDS` turns, each begun by `settle` seconds of its own."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
+    clocks: dict[str, int | None] = {}
     order = random.Random(0)
-    for _ in range(replays):
+    for turn in range(ROUNDS):
         for name in order.sample(list(timers), len(timers)):
-            samples[name].append(timers[name].sample())
-    return {name: Spread.of(values) for name, values in samples.items()}
+            timer, begun = timers[name], time.monotonic()
+            while time.monotonic() - begun < settle:
+                timer.sample()
+            samples[name] += [timer.sample() for _ in range(turn, replays, ROUNDS)]
+            clocks[name] = clock_rate()
+    return {name: Spread.of(values, clocks[name]) for name, values in samples.items()}
 
 
 @triton.jit

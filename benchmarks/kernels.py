@@ -5,9 +5,10 @@
 
 Every call runs on a weight that is not in the L2 cache, inside a CUDA graph (graph_timing.py); whatever it does to its
 activations counts. One flat row for each (model, shape, m, impl): `microseconds` is the median over replays, `low` and
-`high` the 10th and 90th percentiles, `bytes` those of the weight, `bytes_per_second` bytes / microseconds. A result
-that is wrong or faster than the measured read bandwidth becomes a row with `error` in place of a time, as does a peer
-that fails; the exit status is 1 unless only peers failed. Peers come from wheels (gpu_setup.sh).
+`high` the 10th and 90th percentiles, `clock_megahertz` what the GPU ran at, `bytes` those of the weight,
+`bytes_per_second` bytes / microseconds. A result that is wrong or faster than the measured read bandwidth becomes a row
+with `error` in place of a time, as does a peer that fails; the exit status is 1 unless only peers failed. Peers come
+from wheels (gpu_setup.sh).
 """
 
 import argparse
@@ -67,6 +68,7 @@ def figures(layer: Layer, spread: Spread, bandwidth: float) -> Row:
         "microseconds": round(spread.median, 3),
         "low": round(spread.low, 3),
         "high": round(spread.high, 3),
+        "clock_megahertz": spread.clock,
         "bytes": layer.weight_bytes,
         "bytes_per_second": round(rate),
     }

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("bbb-ao", "torch", "triton", "torchao", "transformers", "safetensors")
 # Rows of x for which each of the GPU's kernels runs, on a layer that fits them all.
-PROBES = {"decode": 1, "few_rows": 8, "warpgroup": 16, "dequantize": 2048}
+# Rows of activations and bits of the weight.
+PROBES = {"decode": (1, 2), "few_rows": (8, 2), "warpgroup": (16, 2), "dequantize": (2048, 8)}
 
 
 def doctor(
@@ -86,14 +87,14 @@ def _kernel_lines(triton: str) -> list[str]:
     # A first use would otherwise be measured and kept.
     os.environ["BBB_AO_TUNING"] = "off"
     try:
-        return [f"kernel {name}: {_try_kernel(name, rows)}" for name, rows in PROBES.items()] + [_tuning_line()]
+        return [f"kernel {name}: {_try_kernel(name, *probe)}" for name, probe in PROBES.items()] + [_tuning_line()]
     finally:
         os.environ.pop("BBB_AO_TUNING")
         if before is not None:
             os.environ["BBB_AO_TUNING"] = before
 
 
-def _try_kernel(name: str, rows: int) -> str:
+def _try_kernel(name: str, rows: int, bits: int) -> str:
     import torch
 
     from bbb_ao.grid import Grid
@@ -101,13 +102,13 @@ def _try_kernel(name: str, rows: int) -> str:
     from bbb_ao.packed_linear import PackedLinear
     from bbb_ao.verify_packed import reference_product
 
-    if kernel_for(rows, True, torch.cuda.get_device_capability()) != name:
+    if kernel_for(rows, bits, True, torch.cuda.get_device_capability()) != name:
         return "not for this GPU"
     generator = torch.Generator().manual_seed(0)
-    layer = PackedLinear(256, 256, 256, Grid(), 2)
-    for plane in (layer.plane_high, layer.zero_point):
-        assert plane is not None, "the default grid has zero points"
-        plane.random_(0, 256, generator=generator)
+    layer = PackedLinear(256, 256, 256, Grid(), bits)
+    for part in (layer.plane_high, layer.plane_mid, layer.plane_low, layer.zero_point):
+        if part is not None:
+            part.random_(0, 256, generator=generator)
     layer.scale.random_(40, 80, generator=generator)
     layer.scale_exponent.zero_()
     x = torch.randn(rows, 256, generator=generator).to("cuda", torch.bfloat16)

@@ -23,7 +23,7 @@ def kind(**change) -> LayerKind:
         (9, (9, 0), "warpgroup"),
         (16, (9, 0), "warpgroup"),
         (256, (9, 0), "warpgroup"),
-        (1025, (9, 0), "dequantize"),
+        (5000, (9, 0), "warpgroup"),
         (8, (8, 9), "few_rows"),
         (9, (8, 9), "dequantize"),
         (1, (12, 0), "decode"),
@@ -32,6 +32,14 @@ def kind(**change) -> LayerKind:
 def test_fitting_layers_take_the_kernels(rows: int, capability: tuple[int, int], name: str) -> None:
     pytest.importorskip("triton")
     assert gpu_route(FITTING, rows, capability) == (name, "")
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "name"), [(4, 1025, "warpgroup"), (8, 1024, "warpgroup"), (5, 1025, "dequantize")]
+)
+def test_many_rows_of_wide_codes_take_the_dense_way(bits: int, rows: int, name: str) -> None:
+    pytest.importorskip("triton")
+    assert gpu_route(kind(bits=bits), rows, (9, 0)) == (name, "")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ GPU = pytest.param(
 devices = pytest.mark.parametrize("device", ["cpu", GPU])
 on_gpu = pytest.mark.parametrize("device", [GPU])
 
-ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 33, 64, 65, 128, 300)
+ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 33, 64, 65, 128, 300, 1100)
 FEW_ROWS = (0, 1, 3, 17, 65)
 OUT_FEATURES = (1, 17, 100, 130)
 COLUMNS = (32, 96, 160, 416, 1024)

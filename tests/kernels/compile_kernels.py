@@ -78,10 +78,10 @@ def dynamic(dtype: str, bits: int) -> str:
 
 def matmul(dtype: str, bits: int, size: int = 64, groups: int = 2, step: int = 2) -> str:
     kind = gl.bfloat16 if dtype == "bf16" else gl.float16
-    x_layout = gl.NVMMASharedLayout.get_default_for([size, 64], kind)
+    x_layout = gl.NVMMASharedLayout.get_default_for([size, 128], kind)
     words = f"tensordesc<i16[64, 16],{gl.NVMMASharedLayout.get_default_for([64, 16], gl.int16)!r}>"
     signature = {
-        "x_desc": f"tensordesc<{dtype}[{size}, 64],{x_layout!r}>",
+        "x_desc": f"tensordesc<{dtype}[{size}, 128],{x_layout!r}>",
         "bias_ptr": f"*{dtype}",
         "y_ptr": f"*{dtype}",
     }

@@ -4,7 +4,7 @@ The rule, with M rows of x:
 
 - `decode` for M of 1 or 2;
 - `few_rows` for M up to FEW_ROWS;
-- `warpgroup` on compute capability 9.0 for M up to WARPGROUP_ROWS;
+- `warpgroup` on compute capability 9.0, for M up to DENSE_ROWS where codes have more than four bits;
 - else the weight is dequantized once, by `dequantize`, and multiplied by the library.
 
 The first three take bfloat16 or float16 x, groups of 32, a multiple of 128 stored columns, zero offsets of 0, 2, 4 or 8
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bbb_ao.kernels.packed_linear.dequantize import ZERO_POINT_WIDTHS, dequantize_dense
-from bbb_ao.kernels.packed_linear.launch import WARPGROUP_ROWS, decode_linear, few_rows_linear, warpgroup_linear
+from bbb_ao.kernels.packed_linear.launch import decode_linear, few_rows_linear, warpgroup_linear
 from bbb_ao.kernels.packed_linear.reference import check_input, check_weight, dequantize_packed
 from bbb_ao.kernels.packed_row import expand_input
 from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
@@ -25,6 +25,7 @@ from bbb_ao.kernels.packing.planes import BLOCK, GRANULE, stored_bits
 ALIGNMENT = 16  # bytes, of what is copied in whole tiles
 DECODE_ROWS = 2
 FEW_ROWS = 8
+DENSE_ROWS = 1024
 
 
 def packed_linear_cuda(
@@ -63,7 +64,7 @@ def multiply(
     shape = (*x.shape[:-1], high.shape[0])
     capability = torch.cuda.get_device_capability(x.device)
     fits = fits_kernels(x.dtype, planes, scales, settings, capability)
-    kernel = kernel_for(rows.shape[0] if high.shape[0] else 0, fits, capability)
+    kernel = kernel_for(rows.shape[0] if high.shape[0] else 0, settings[0], fits, capability)
     if kernel == "decode":
         return decode_linear(rows, planes, scales, index, bias, settings).view(shape)
     if kernel == "few_rows":
@@ -95,8 +96,8 @@ def runs_decode_once(
     )
 
 
-def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
-    """Which of decode, few_rows, warpgroup and dequantize runs for so many rows of x; the rule stands above.
+def kernel_for(rows: int, bits: int, fits: bool, capability: tuple[int, int]) -> str:
+    """Which of decode, few_rows, warpgroup and dequantize runs for so many rows of x and bits; the rule stands above.
 
     Args:
         fits: as from `fits_kernels`.
@@ -105,7 +106,7 @@ def kernel_for(rows: int, fits: bool, capability: tuple[int, int]) -> str:
         return "dequantize"
     if rows <= FEW_ROWS:
         return "decode" if rows <= DECODE_ROWS else "few_rows"
-    return "warpgroup" if capability == (9, 0) and rows <= WARPGROUP_ROWS else "dequantize"
+    return "warpgroup" if capability == (9, 0) and (bits <= 4 or rows <= DENSE_ROWS) else "dequantize"
 
 
 def fits_kernels(

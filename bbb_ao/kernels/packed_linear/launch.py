@@ -27,8 +27,9 @@ from bbb_ao.kernels.packing.planes import BLOCK
 
 GROUP_ROWS = 64  # of the weight in one of the two or three groups of warps of `matmul_kernel`
 _GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-WARPGROUP_ROWS = 1024
 ROW_TILES = (16, 32, 64, 128, 256)
+# Each has settings of its own; larger numbers of rows take those of the last.
+ROW_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 # For each (row tile, groups of warps): programs that share a multiprocessor, and for that the registers of each thread
 # at the start and of the warps that multiply.
 PROGRAMS = {
@@ -272,13 +273,13 @@ def warpgroup_linear(
     def run(choice: Settings) -> None:
         size, programs, step, groups = choice
         _, most, registers = PROGRAMS[size, groups]
-        layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK // 2], _GLUON_TYPES[columns.dtype])
+        layout = gl.NVMMASharedLayout.get_default_for([size, BLOCK], _GLUON_TYPES[columns.dtype])
         tiles, blocks = tile_count(rows, count, size, groups), features // BLOCK
         share = tile_share(tiles, blocks, programs, step)
         programs = triton.cdiv(tiles * blocks, share)
         split = share % blocks > 0
         matmul_kernel[(programs,)](
-            TensorDescriptor.from_tensor(columns, [size, BLOCK // 2], layout),
+            TensorDescriptor.from_tensor(columns, [size, BLOCK], layout),
             *words,
             *pointers[3:],
             columns if bias is None else bias,
@@ -305,7 +306,7 @@ def warpgroup_linear(
         )
 
     candidates = warpgroup_settings(rows, count, features, _multiprocessors(device))
-    bucket = next(size for size in (16, 32, 64, 128, 256, 512, WARPGROUP_ROWS) if size >= rows)
+    bucket = next((size for size in ROW_BUCKETS if size >= rows), ROW_BUCKETS[-1])
     key = f"matmul {count}x{features} {codes['R']} bits, {bucket} rows"
     with torch.cuda.device(columns.device):
         run(settings_for(key, candidates, run, device))

@@ -57,36 +57,37 @@ def _weights(words, scale, half, zero, x_desc, HB: gl.constexpr, PLACE: gl.const
 
 
 @gluon.jit
-def _decode_half(
+def _decode(
     words,
     scale,
     zero,
     x_desc,
-    HALF: gl.constexpr,
     R: gl.constexpr,
     MASK: gl.constexpr,
     H: gl.constexpr,
     ZB: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """The weights of 64 columns of a block, [64, 64], from its assembled words and packed scales and zero offsets."""
+    """The weights of a block, [64, 128], from its assembled words and packed scales and zero offsets."""
     dtype = x_desc.dtype
-    fields = ()
-    for i in gl.static_range(2):
-        s = gl.inline_asm_elementwise(
-            ptx.scale_pair(dtype, 2 * HALF + i), "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1
-        )
-        h = gl.inline_asm_elementwise(ptx.half_pair(dtype, R, H), "=r,r", [s], dtype=gl.int32, is_pure=True, pack=1)
-        z = gl.inline_asm_elementwise(
-            ptx.zero_pair(dtype, 2 * HALF + i, R, ZB, H), "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1
-        )
-        for hb in gl.static_range(2):
-            word = words[(2 * HALF + i) % (R // 2)]
-            fields = fields + (_weights(word, s, h, z, x_desc, hb, ptx.place(2 * HALF + i, R), MASK),)
-    # [64, 16] each, field by field: [64, 16, 2, 2] with the fields' bits last, then first.
-    fours = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
-    half = fours.permute([0, 3, 2, 1]).reshape([fours.shape[0], 64])
-    return gl.convert_layout(half, layout, assert_trivial=True)
+    halves = ()
+    for half in gl.static_range(2):
+        fields = ()
+        for quarter in gl.static_range(2 * half, 2 * half + 2):
+            s = gl.inline_asm_elementwise(
+                ptx.scale_pair(dtype, quarter), "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1
+            )
+            h = gl.inline_asm_elementwise(ptx.half_pair(dtype, R, H), "=r,r", [s], dtype=gl.int32, is_pure=True, pack=1)
+            z = gl.inline_asm_elementwise(
+                ptx.zero_pair(dtype, quarter, R, ZB, H), "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1
+            )
+            for hb in gl.static_range(2):
+                word = words[quarter % (R // 2)]
+                fields = fields + (_weights(word, s, h, z, x_desc, hb, ptx.place(quarter, R), MASK),)
+        halves = halves + (gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3])),)
+    # [64, 16] each, field by field: [64, 16, 2, 2, 2] with the fields' bits last, then first.
+    block = gl.join(halves[0], halves[1]).permute([0, 4, 3, 2, 1])
+    return gl.convert_layout(block.reshape([block.shape[0], 128]), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -121,8 +122,7 @@ def _copy_activations(x_desc, buffers, extent, place, STAGES: gl.constexpr):
     start, _, NB, row_tiles = extent
     m = place // NB // row_tiles * x_desc.block_type.shape[0]
     stage = (place - start) % STAGES
-    for half in gl.static_range(2):
-        _copy(x_desc, [m, place % NB * 128 + 64 * half], ready.index(stage), xs.index(2 * stage + half))
+    _copy(x_desc, [m, place % NB * 128], ready.index(stage), xs.index(stage))
 
 
 @gluon.jit
@@ -134,7 +134,7 @@ def _produce(work, planes, R: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.con
     operands, buffers, extent = work
     x_desc = operands[0]
     start, end, _, _ = extent
-    bytes: gl.constexpr = 2 * x_desc.block_type.nbytes + GROUPS * (R // 2) * planes[0].block_type.nbytes
+    bytes: gl.constexpr = x_desc.block_type.nbytes + GROUPS * (R // 2) * planes[0].block_type.nbytes
     filled = gl.minimum(start + STAGES, end)
     for place in range(start, filled):
         _copy_weights(planes, buffers, extent, place, STAGES, bytes, R, GROUPS)
@@ -197,6 +197,7 @@ def _consume(
         n0 = (tile % row_tiles * GROUPS + GROUP) * 64
         row = gl.minimum(n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, a_layout)), N - 1)[:, None]
         scale, zero = load_scales(scale_ptr, zero_ptr, row, first, last, NB, ZB)
+        next_scale, next_zero = load_scales(scale_ptr, zero_ptr, row, first + 1, last, NB, ZB)
         n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_layout))[:, None]
         # Not behind the products, where all would wait for them.
         zeros = gl.zeros([64, 1], gl.float32, layout=acc_layout)
@@ -210,22 +211,20 @@ def _consume(
                 stage = turn % STAGES
                 mbarrier.wait(ready.index(stage), turn // STAGES & 1)
                 planes = _read_words(ws, (stage * GROUPS + GROUP) * (R // 2), R, a_layout)
-                next_scale, next_zero = load_scales(scale_ptr, zero_ptr, row, block + 1, last, NB, ZB)
+                # A block ahead is not enough: the compiler moves loads down among the products.
+                later_scale, later_zero = load_scales(scale_ptr, zero_ptr, row, block + 2, last, NB, ZB)
                 words = assemble(planes[0], planes[1], planes[2], planes[3], R)
-                # Each half is decoded while the one before it is multiplied.
-                first_half = _decode_half(words, scale, zero, x_desc, 0, R, MASK, H, ZB, a_layout)
-                acc = warpgroup_mma(first_half, xs.index(2 * stage).permute((1, 0)), acc, is_async=True)
+                weights = _decode(words, scale, zero, x_desc, R, MASK, H, ZB, a_layout)
+                acc = warpgroup_mma(weights, xs.index(stage).permute((1, 0)), acc, is_async=True)
                 if i > 0:
-                    acc, _, first_half = warpgroup_mma_wait(1, [acc, running[0], first_half])
+                    acc, _, weights = warpgroup_mma_wait(1, [acc, running[0], weights])
                     mbarrier.arrive(free.index((turn - 1) % STAGES), count=1)
-                second_half = _decode_half(words, scale, zero, x_desc, 1, R, MASK, H, ZB, a_layout)
-                acc = warpgroup_mma(second_half, xs.index(2 * stage + 1).permute((1, 0)), acc, is_async=True)
-                if i + 1 < STEP:
-                    acc, first_half, second_half = warpgroup_mma_wait(1, [acc, first_half, second_half])
-                running = (second_half,)
+                running = (weights,)
                 scale = next_scale
                 zero = next_zero
-            acc, first_half, second_half = warpgroup_mma_wait(0, [acc, first_half, second_half])
+                next_scale = later_scale
+                next_zero = later_zero
+            acc, weights = warpgroup_mma_wait(0, [acc, weights])
             mbarrier.arrive(free.index(stage), count=1)
         # The activations came, so that the launches before are complete; this makes what they wrote visible here too.
         wait_for_launches(PDL)
@@ -281,7 +280,7 @@ def matmul_kernel(
     row_tiles = (N + 64 * GROUPS - 1) // (64 * GROUPS)
     start = gl.program_id(0) * SHARE
     end = gl.minimum(start + SHARE, (M + BM - 1) // BM * row_tiles * NB)
-    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, BM, 64], x_desc.layout)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, 128], x_desc.layout)
     ws = gl.allocate_shared_memory(gl.int16, [STAGES * GROUPS * (R // 2), 64, 16], high_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
