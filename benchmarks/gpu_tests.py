@@ -95,12 +95,13 @@ def main() -> int:
     options = ["-n", str(WORKERS), "--durations=20", *LEFT_OUT, "-o", f"faulthandler_timeout={STUCK_SECONDS}"]
     status, output, seconds = run([*PYTEST, *options, *SUITES], TEST_SECONDS, log, **UNTUNED)
     print(output[-6000:], flush=True)
+    tests = {"status": status, "seconds": seconds, **counts(output)}
+    memory: dict[str, object] = {"ran": False, "reason": "cut off"}
+    summary = {"tests": tests, "memcheck": memory, **environment(0)}
+    # Before the checker, so that a run cut short leaves what it found.
+    (folder / "gpu_tests.json").write_text(json.dumps(summary, indent=2) + "\n")
     memory = check_memory(log)
-    summary = {
-        "tests": {"status": status, "seconds": seconds, **counts(output)},
-        "memcheck": memory,
-        **environment(0),
-    }
+    summary["memcheck"] = memory
     (folder / "gpu_tests.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
     checked = not memory["ran"] or (memory["status"] == 0 and memory["errors"] == 0)
