@@ -217,7 +217,8 @@ def warpgroup_settings(rows: int, count: int, features: int, multiprocessors: in
     The first is taken where none is measured.
     """
     fitting = [size for size in ROW_TILES if size < 2 * rows] or [ROW_TILES[0]]
-    sizes = fitting[-2:] if rows > 32 else fitting[-1:]
+    # The largest tiles decode a weight least often; smaller ones may fill the GPU better.
+    sizes = fitting[-2:] if 32 < rows <= 1024 else fitting[-1:]
     blocks, choices = features // BLOCK, {}
     for size, groups in sorted(PROGRAMS, key=lambda each: (-each[0], each[1])):
         if size not in sizes:
