@@ -15,6 +15,7 @@ import argparse
 import copy
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -227,7 +228,7 @@ def project(rows: list[dict[str, Any]], model: str, split: str) -> dict[str, Any
     return {"impl": f"paper_stages{split}", "model": model, "mode": "recorded", "hours": hours}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["8b", "7b"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "qat_step.json")
@@ -238,6 +239,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the kernels of the eager steps")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("qat_step: expected an NVIDIA GPU, found none; --device cpu times a CPU", file=sys.stderr)
+        return 5
     rows: list[dict[str, Any]] = []
     for name in arguments.models:
         torch.manual_seed(arguments.seed)
@@ -268,7 +272,8 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     where = {"tokens": arguments.tokens, **environment(arguments.seed)}
     arguments.output.write_text(json.dumps([row | where for row in rows], indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
