@@ -44,7 +44,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from decode_model import ATTENTIONS, IMPLEMENTATIONS, Decoder, build, llama_3_8b
-from environment import environment
+from environment import environment, lacks_gpu
 
 from bbb_ao.passes.fold_norms import FoldNorms
 from bbb_ao.storage import footprint
@@ -220,8 +220,7 @@ def main() -> int:
     Way.add_options(parser)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("decode: expected an NVIDIA GPU, found none", file=sys.stderr)
+    if lacks_gpu("decode"):
         return 5
     rows: list[dict[str, object]] = []
     way = Way.of(arguments)

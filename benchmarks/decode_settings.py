@@ -16,8 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import decode
-import torch
-from environment import environment
+from environment import environment, lacks_gpu
 from settings import MORE
 
 from bbb_ao.kernels.packed_linear import launch
@@ -50,8 +49,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "decode_settings.json")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("decode_settings: expected an NVIDIA GPU, found none", file=sys.stderr)
+    if lacks_gpu("decode_settings"):
         return 5
     begun, choices = time.monotonic(), Choices()
     way, where = decode.Way.of(arguments), environment(arguments.seed)

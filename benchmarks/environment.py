@@ -1,8 +1,9 @@
-"""Where a figure was measured: the fields that every row of benchmarks/results carries."""
+"""Where a figure was measured: the fields that every row of benchmarks/results carries, and whether there is a GPU."""
 
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -29,6 +30,14 @@ def environment(seed: int) -> dict[str, object]:
         "commit": commit(),
         "seed": seed,
     }
+
+
+def lacks_gpu(benchmark: str, instead: str = "") -> bool:
+    """Whether there is no NVIDIA GPU; then a line on standard error says so, and what can be done `instead`."""
+    if torch.cuda.is_available():
+        return False
+    print(f"{benchmark}: expected an NVIDIA GPU, found none{instead}", file=sys.stderr)
+    return True
 
 
 def package_version(package: str) -> str | None:

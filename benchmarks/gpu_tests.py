@@ -18,8 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from environment import environment
+from environment import environment, lacks_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ["tests/gpu", "tests/kernels", "tests/benchmarks/test_decode_attention.py"]
@@ -85,8 +84,7 @@ def check_memory(log: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    if not torch.cuda.is_available():
-        print("gpu_tests: expected an NVIDIA GPU, found none", file=sys.stderr)
+    if lacks_gpu("gpu_tests"):
         return 5
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,15 +93,18 @@ def main() -> int:
     options = ["-n", str(WORKERS), "--durations=20", *LEFT_OUT, "-o", f"faulthandler_timeout={STUCK_SECONDS}"]
     status, output, seconds = run([*PYTEST, *options, *SUITES], TEST_SECONDS, log, **UNTUNED)
     print(output[-6000:], flush=True)
-    tests = {"status": status, "seconds": seconds, **counts(output)}
-    memory: dict[str, object] = {"ran": False, "reason": "cut off"}
-    summary = {"tests": tests, "memcheck": memory, **environment(0)}
+    summary = {
+        "tests": {"status": status, "seconds": seconds, **counts(output)},
+        "memcheck": {"ran": False, "reason": "cut off"},
+        **environment(0),
+    }
+    results = folder / "gpu_tests.json"
     # Before the checker, so that a run cut short leaves what it found.
-    (folder / "gpu_tests.json").write_text(json.dumps(summary, indent=2) + "\n")
+    results.write_text(json.dumps(summary, indent=2) + "\n")
     memory = check_memory(log)
-    summary["memcheck"] = memory
-    (folder / "gpu_tests.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    text = json.dumps(summary | {"memcheck": memory}, indent=2)
+    results.write_text(text + "\n")
+    print(text)
     checked = not memory["ran"] or (memory["status"] == 0 and memory["errors"] == 0)
     return int(status != 0 or not checked)
 

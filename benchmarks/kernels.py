@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import environment, lacks_gpu
 from graph_timing import GraphTimer, Spread, read_bandwidth, time_in_turn
 from layers import Layer, make_dense, make_packed
 from peers import PEERS, load_tuning, save_tuning, set_gemlite_autotune
@@ -164,8 +164,7 @@ def tune_gemlite(arguments: argparse.Namespace, done: bool) -> None:
 
 def main() -> int:
     arguments = parse()
-    if not torch.cuda.is_available():
-        print("kernels: expected an NVIDIA GPU, found none", file=sys.stderr)
+    if lacks_gpu("kernels"):
         return 5
     torch.set_grad_enabled(False)
     tune_gemlite(arguments, done=False)

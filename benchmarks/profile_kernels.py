@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import environment, lacks_gpu
 from kernels import IMPLS, SHAPES, Row, build
 
 METRICS = {
@@ -162,8 +162,7 @@ def main() -> int:
     if ncu is None and not arguments.bare:
         print("profile_kernels: expected ncu on the PATH or in /usr/local/cuda*/bin, found none", file=sys.stderr)
         return 5
-    if not torch.cuda.is_available():
-        print("profile_kernels: expected an NVIDIA GPU, found none", file=sys.stderr)
+    if lacks_gpu("profile_kernels"):
         return 5
     cases = [(shape, m, impl) for shape, m in points for impl in arguments.impl]
     if ncu is None:

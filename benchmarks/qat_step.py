@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
+from environment import environment, lacks_gpu
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -239,8 +239,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="print the kernels of the eager steps")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("qat_step: expected an NVIDIA GPU, found none; --device cpu times a CPU", file=sys.stderr)
+    if device.type == "cuda" and lacks_gpu("qat_step", "; --device cpu times a CPU"):
         return 5
     rows: list[dict[str, Any]] = []
     for name in arguments.models:

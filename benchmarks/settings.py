@@ -24,7 +24,7 @@ os.environ["BBB_AO_TUNING"] = "off"
 
 import bare_kernels  # noqa: F401
 import torch
-from environment import environment
+from environment import environment, lacks_gpu
 from graph_timing import GraphTimer, time_in_turn
 from kernels import SHAPES
 from layers import copies_for, make_dense, nbytes, random_packed
@@ -140,8 +140,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no further shape is begun after these")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "settings.json")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("settings: expected an NVIDIA GPU, found none", file=sys.stderr)
+    if lacks_gpu("settings"):
         return 5
     torch.set_grad_enabled(False)
     begun, kernel = time.monotonic(), arguments.kernel

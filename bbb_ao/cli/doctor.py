@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from bbb_ao.routes import LayerKind
 
 PACKAGES = ("bbb-ao", "torch", "triton", "torchao", "transformers", "safetensors")
-# Rows of x for which each of the GPU's kernels runs, on a layer that fits them all.
-# Rows of activations and bits of the weight.
+# Rows of x and bits of the weight for which each of the GPU's kernels runs, on a layer that fits them all.
 PROBES = {"decode": (1, 2), "few_rows": (8, 2), "warpgroup": (16, 2), "dequantize": (2048, 8)}
 
 

@@ -70,23 +70,22 @@ def _decode(
 ):
     """The weights of a block, [64, 128], from its assembled words and packed scales and zero offsets."""
     dtype = x_desc.dtype
-    halves = ()
-    for half in gl.static_range(2):
-        fields = ()
-        for quarter in gl.static_range(2 * half, 2 * half + 2):
-            s = gl.inline_asm_elementwise(
-                ptx.scale_pair(dtype, quarter), "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1
-            )
-            h = gl.inline_asm_elementwise(ptx.half_pair(dtype, R, H), "=r,r", [s], dtype=gl.int32, is_pure=True, pack=1)
-            z = gl.inline_asm_elementwise(
-                ptx.zero_pair(dtype, quarter, R, ZB, H), "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1
-            )
-            for hb in gl.static_range(2):
-                word = words[quarter % (R // 2)]
-                fields = fields + (_weights(word, s, h, z, x_desc, hb, ptx.place(quarter, R), MASK),)
-        halves = halves + (gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3])),)
+    fields = ()
+    for quarter in gl.static_range(4):
+        s = gl.inline_asm_elementwise(
+            ptx.scale_pair(dtype, quarter), "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1
+        )
+        h = gl.inline_asm_elementwise(ptx.half_pair(dtype, R, H), "=r,r", [s], dtype=gl.int32, is_pure=True, pack=1)
+        z = gl.inline_asm_elementwise(
+            ptx.zero_pair(dtype, quarter, R, ZB, H), "=r,r", [zero], dtype=gl.int32, is_pure=True, pack=1
+        )
+        for hb in gl.static_range(2):
+            word = words[quarter % (R // 2)]
+            fields = fields + (_weights(word, s, h, z, x_desc, hb, ptx.place(quarter, R), MASK),)
     # [64, 16] each, field by field: [64, 16, 2, 2, 2] with the fields' bits last, then first.
-    block = gl.join(halves[0], halves[1]).permute([0, 4, 3, 2, 1])
+    first = gl.join(gl.join(fields[0], fields[1]), gl.join(fields[2], fields[3]))
+    second = gl.join(gl.join(fields[4], fields[5]), gl.join(fields[6], fields[7]))
+    block = gl.join(first, second).permute([0, 4, 3, 2, 1])
     return gl.convert_layout(block.reshape([block.shape[0], 128]), layout, assert_trivial=True)
 
 
